@@ -29,6 +29,6 @@ class WeightScheme(Protocol):
 
 
 def plain_weight(linear: nn.Linear) -> torch.Tensor:
-    """The weight ``[out, in]`` as the mathematics sees it: decoded and un-rotated where the layer stores it otherwise."""
+    """The weight ``[out, in]`` as the mathematics sees it: decoded and un-rotated where it is stored otherwise."""
     decode = getattr(linear, "dequantized_weight", None)
     return decode() if decode is not None else linear.weight

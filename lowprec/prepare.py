@@ -1,0 +1,247 @@
+"""The only model surgery: choose a scheme for each linear layer, put the converted layer in its place, report it."""
+
+import difflib
+import warnings
+from collections.abc import Iterator, Mapping
+from fnmatch import fnmatchcase
+
+import torch
+from hydra.core.config_store import ConfigStore
+from omegaconf import OmegaConf
+from torch import nn
+from transformers.pytorch_utils import Conv1D
+
+import lowprec.layers  # noqa: F401  # registers the schemes
+from lowprec.errors import UserError
+from lowprec.layers.base import WeightScheme
+from lowprec.layers.report import BF16, LinearRow, WrapReport
+from lowprec.option import option_names
+
+LEFT_ALONE = {
+    "lm_head": "output head",
+    "score": "classification head",
+    "classifier": "classification head",
+    "qa_outputs": "classification head",
+    "gate": "router",
+    "router": "router",
+    "shared_expert_gate": "router",
+}
+"""Last part of a module's name -> what it is. These stay 16-bit unless a rule names them: they are small or read the
+loss directly, and their noise is not averaged away."""
+
+
+def wrap(
+    model: nn.Module,
+    weights: "str | WeightScheme" = "auto",
+    *,
+    frozen: bool | None = None,
+    rules: Mapping[str, "str | WeightScheme"] | None = None,
+    calibration: Mapping[str, torch.Tensor] | None = None,
+) -> WrapReport:
+    """Convert the linear layers of ``model`` in place and say what was done.
+
+    Every ``nn.Linear`` and transformers ``Conv1D`` is considered. Output heads, classification heads and routers stay
+    16-bit; embeddings and norms are never touched; weights of fused experts (3-D parameters) are listed.
+
+    Args:
+        model: a Hugging Face model, or any module.
+        weights: a scheme's name (``fp8``, ``fp8_hadamard``, ``int8_hadamard``, ``nf4``, ``bf16``, ``auto``) or a
+            scheme object.
+        frozen: whether the converted weights will never be trained, so that they may be stored in low precision alone.
+            None follows each weight's ``requires_grad``. Pass True before ``get_peft_model``.
+        rules: name pattern (``*`` and ``?``, matched against the whole module path) -> scheme; the first match decides,
+            also for layers that are left alone otherwise. ``{"*.o_proj": "bf16"}`` keeps one kind as it is.
+        calibration: keyword arguments of one forward pass (``input_ids``, ...), which ``auto`` judges the noise on.
+
+    Returns:
+        A report with one row for each linear layer. ``print`` shows it as a table.
+
+    Raises:
+        UserError: an unknown scheme, a rule that matches nothing, or no layer that could be converted.
+    """
+    default = as_scheme(weights)
+    chosen = {pattern: as_scheme(scheme) for pattern, scheme in (rules or {}).items()}
+    linears = dict(find_linears(model))
+    parameters = sum(p.numel() for p in model.parameters())
+    _check_rules(chosen, list(linears))
+
+    reasons: dict[str, str] = {}
+    schemes: dict[str, WeightScheme] = {}
+    for name, linear in linears.items():
+        rule = next((scheme for pattern, scheme in chosen.items() if fnmatchcase(name, pattern)), None)
+        part = "lm_head" if linear is _output_head(model) else name.rsplit(".", 1)[-1]
+        if rule is None and part in LEFT_ALONE:
+            reasons[name] = f"{LEFT_ALONE[part]} (a rule can name it)"
+        elif rule is None and _is_tied(model, linear):
+            reasons[name] = "its weight is tied to another module"
+        else:
+            schemes[name] = rule or default
+
+    def is_frozen(name: str) -> bool:
+        return (not linears[name].weight.requires_grad) if frozen is None else frozen
+
+    _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration)
+    rows = []
+    for name, linear in linears.items():
+        row = _row(name, linear)
+        if name in schemes:
+            _convert(model, row, linear, schemes[name], is_frozen(name))
+        row.reason = row.reason or reasons.get(name, "")
+        rows.append(row)
+    rows += _expert_rows(model)
+    report = WrapReport(rows, parameters)
+    _check_result(report, default, chosen)
+    return report
+
+
+def as_scheme(weights: "str | WeightScheme") -> WeightScheme:
+    """The scheme object of a name (with its default fields); an object is returned as it is."""
+    if not isinstance(weights, str):
+        return weights
+    names = option_names("weights")
+    if weights not in names:
+        near = difflib.get_close_matches(weights, names, n=1)
+        hint = f" Did you mean {near[0]!r}?" if near else ""
+        raise UserError(f"weights={weights!r} is no scheme; choose one of {', '.join(names)}.{hint}")
+    return OmegaConf.to_object(ConfigStore.instance().load(f"weights/{weights}.yaml").node)  # type: ignore[return-value]
+
+
+def find_linears(model: nn.Module) -> Iterator[tuple[str, nn.Linear | Conv1D]]:
+    """Every linear layer once, with its path. Adapters' own layers (PEFT's ``lora_A``, ``lora_B``) are left out."""
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | Conv1D) and not any(part.startswith("lora_") for part in name.split(".")):
+            yield name, module
+
+
+def _convert(model: nn.Module, row: LinearRow, linear: nn.Module, scheme: WeightScheme, frozen: bool) -> None:
+    """Put the converted layer in the model and complete the row, or note why not."""
+    plain = _as_linear(linear)
+    row.reason = scheme.why_not(plain, frozen) or ""
+    if row.reason:
+        return
+    training = linear.training
+    converted = scheme.convert(plain, frozen)
+    if isinstance(linear, Conv1D):
+        _keep_transposed_state(converted)
+    converted.train(training)
+    parent, _, child = row.name.rpartition(".")
+    setattr(model.get_submodule(parent), child, converted)
+    row.scheme = scheme.option_name
+    row.kernel = scheme.kernel(converted)
+    row.rotation_block = getattr(converted, "rotation_block", None)
+
+
+def _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration) -> None:
+    """Replace the schemes that choose by themselves (they have ``choose``) by what they choose for each layer."""
+    choosers = {id(scheme): scheme for scheme in schemes.values() if hasattr(scheme, "choose")}
+    for chooser in choosers.values():
+        mine = {name: (_as_linear(linears[name]), is_frozen(name)) for name, s in schemes.items() if s is chooser}
+        for name, (scheme, reason) in chooser.choose(model, mine, calibration).items():
+            reasons[name] = reason
+            if scheme is None:
+                del schemes[name]
+            else:
+                schemes[name] = scheme
+
+
+def _as_linear(module: nn.Module) -> nn.Linear:
+    """The layer itself, or for a ``Conv1D`` (weight ``[in, out]``) a linear layer with its weight transposed."""
+    if isinstance(module, nn.Linear):
+        return module
+    with torch.device("meta"):
+        linear = nn.Linear(module.nx, module.nf, bias=False)
+    linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), requires_grad=module.weight.requires_grad)
+    linear.bias = module.bias
+    return linear
+
+
+def _keep_transposed_state(layer: nn.Linear) -> None:
+    """Save and load the weight as ``[in, out]``, as the model's own checkpoints have it."""
+
+    def save(module: nn.Module, state: dict, prefix: str, metadata: dict) -> None:
+        if state[prefix + "weight"].shape == (layer.out_features, layer.in_features):
+            state[prefix + "weight"] = state[prefix + "weight"].t().contiguous()
+
+    def load(module: nn.Module, state: dict, prefix: str, *rest: object) -> None:
+        weight = state.get(prefix + "weight")
+        if weight is not None and weight.shape == (layer.in_features, layer.out_features):
+            state[prefix + "weight"] = weight.t().contiguous()
+
+    layer.register_state_dict_post_hook(save)
+    layer.register_load_state_dict_pre_hook(load)
+
+
+def _row(name: str, linear: nn.Linear | Conv1D) -> LinearRow:
+    out, into = (linear.out_features, linear.in_features) if isinstance(linear, nn.Linear) else (linear.nf, linear.nx)
+    kernel = f"PyTorch, {linear.weight.dtype}".replace("torch.", "")
+    return LinearRow(
+        name=name,
+        shape=[out, into],
+        scheme=BF16,
+        kernel=kernel,
+        parameters=out * into,
+        flops_per_token=2.0 * out * into,
+    )
+
+
+def _expert_rows(model: nn.Module) -> list[LinearRow]:
+    """Fused expert weights: 3-D parameters held by a module whose path names experts."""
+    config = getattr(model, "config", None)
+    visited = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
+    rows = []
+    for name, parameter in model.named_parameters():
+        if parameter.ndim != 3 or "expert" not in name.lower():
+            continue
+        share = (visited or parameter.shape[0]) / parameter.shape[0]
+        rows.append(
+            LinearRow(
+                name=name,
+                shape=list(parameter.shape),
+                scheme=BF16,
+                kernel="the model's own",
+                reason="fused experts: there is no grouped 8-bit product for them",
+                parameters=parameter.numel(),
+                flops_per_token=2.0 * parameter.numel() * share,
+            )
+        )
+    return rows
+
+
+def _output_head(model: nn.Module) -> nn.Module | None:
+    get = getattr(model, "get_output_embeddings", None)
+    return get() if get is not None else None
+
+
+def _is_tied(model: nn.Module, linear: nn.Module) -> bool:
+    names = [n for n, p in model.named_parameters(remove_duplicate=False) if p is linear.weight]
+    return len(names) > 1
+
+
+def _check_rules(rules: Mapping[str, object], names: list[str]) -> None:
+    for pattern in rules:
+        if not any(fnmatchcase(name, pattern) for name in names):
+            near = difflib.get_close_matches(pattern, names, n=1, cutoff=0.3)
+            hint = f" The nearest is {near[0]!r}." if near else ""
+            raise UserError(
+                f"the rule {pattern!r} matches no linear layer. Patterns are matched against the whole module path, "
+                f"so begin with '*' to match an ending.{hint}"
+            )
+
+
+def _check_result(report: WrapReport, default: WeightScheme, rules: Mapping[str, WeightScheme]) -> None:
+    schemes = [default, *rules.values()]
+    if all(scheme.option_name == BF16 for scheme in schemes):
+        return
+    if not report.converted:
+        reasons = sorted({f"{row.reason} ({row.name})" for row in report.rows}) or ["the model has no linear layer"]
+        if any(hasattr(scheme, "choose") for scheme in schemes):  # auto: 16 bits everywhere is a verdict, not a mistake
+            report.notes.append("16 bits everywhere: no layer gains from 8 bits here.")
+            return
+        raise UserError(
+            f"weights={default.option_name} converted no layer: {'; '.join(reasons[:4])}. Change the scheme or the "
+            "rules, or set weights=bf16."
+        )
+    if report.flop_share < 0.5:
+        note = f"Only {report.flop_share:.0%} of the FLOPs of products with weights run in low precision."
+        report.notes.append(note)
+        warnings.warn(f"{note} The report's rows give the reasons.", stacklevel=3)
