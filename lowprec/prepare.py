@@ -37,6 +37,7 @@ def wrap(
     frozen: bool | None = None,
     rules: Mapping[str, "str | WeightScheme"] | None = None,
     calibration: Mapping[str, torch.Tensor] | None = None,
+    device: torch.device | str | None = None,
 ) -> WrapReport:
     """Convert the linear layers of ``model`` in place and say what was done.
 
@@ -52,6 +53,8 @@ def wrap(
         rules: name pattern (``*`` and ``?``, matched against the whole module path) -> scheme; the first match decides,
             also for layers that are left alone otherwise. ``{"*.o_proj": "bf16"}`` keeps one kind as it is.
         calibration: keyword arguments of one forward pass (``input_ids``, ...), which ``auto`` judges the noise on.
+        device: where each layer is moved just before it is converted, so that a device which only holds the converted
+            model never holds the 16-bit one. None converts every layer where it is.
 
     Returns:
         A report with one row for each linear layer. ``print`` shows it as a table.
@@ -85,7 +88,7 @@ def wrap(
     for name, linear in linears.items():
         row = _row(name, linear)
         if name in schemes:
-            _convert(model, row, linear, schemes[name], is_frozen(name))
+            _convert(model, row, linear.to(device), schemes[name], is_frozen(name))
         row.reason = row.reason or reasons.get(name, "")
         rows.append(row)
     rows += _expert_rows(model)
