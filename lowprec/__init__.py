@@ -1,0 +1,21 @@
+"""lowprec: low-precision fine-tuning of language models.
+
+``lowprec.wrap`` converts a Hugging Face model in place, ``lowprec.AdamW`` keeps optimizer states on GPU, CPU or SSD.
+Importing this package touches neither CUDA nor Triton.
+"""
+
+import importlib
+from importlib.metadata import version
+from typing import Any
+
+__version__ = version("lowprec")
+__all__ = ["AdamW", "WrapReport", "wrap"]
+
+_HOMES = {"wrap": "lowprec.prepare", "WrapReport": "lowprec.prepare", "AdamW": "lowprec.optim"}
+
+
+def __getattr__(name: str) -> Any:
+    # Loaded on first use, so that ``lowprec --help`` does not wait for PyTorch.
+    if name in _HOMES:
+        return getattr(importlib.import_module(_HOMES[name]), name)
+    raise AttributeError(f"module 'lowprec' has no attribute '{name}'")

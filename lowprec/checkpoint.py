@@ -1,0 +1,151 @@
+"""Folders that are whole or absent: checkpoints and ``final/``.
+
+A folder is written under a temporary name, every file is flushed to the disk, a manifest with sizes and checksums
+comes last, and one rename makes it visible. Whatever moment the process dies at, the folders with a manifest are whole.
+"""
+
+import errno
+import hashlib
+import json
+import os
+import shutil
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from lowprec.errors import UserError
+
+MANIFEST = "manifest.json"
+_TEMPORARY = ".writing-"
+
+
+@contextmanager
+def atomic_folder(target: Path, *, needed_bytes: int = 0, keeps: str = "") -> Iterator[Path]:
+    """Yield a temporary folder beside ``target``; on leaving, seal it with a manifest and rename it to ``target``.
+
+    Args:
+        target: the folder to appear. One that exists is replaced.
+        needed_bytes: what will be written, checked against the free space before and named where it runs out.
+        keeps: what stays usable if writing fails, for the message.
+
+    Raises:
+        UserError: the disk is full, before or while writing; the temporary folder is removed.
+    """
+    target.parent.mkdir(parents=True, exist_ok=True)
+    _require_space(target, needed_bytes, keeps)
+    writing = target.parent / f"{_TEMPORARY}{target.name}"
+    shutil.rmtree(writing, ignore_errors=True)
+    writing.mkdir()
+    try:
+        yield writing
+        _seal(writing)
+    except BaseException as error:
+        written = sum(file.stat().st_size for file in writing.rglob("*") if file.is_file())
+        shutil.rmtree(writing, ignore_errors=True)
+        if _is_disk_full(error):
+            raise UserError(_disk_full(target, max(needed_bytes - written, 1), keeps)) from error
+        raise
+    if target.exists():
+        # A rename cannot replace a folder that holds files; the old one steps aside first.
+        replaced = target.parent / f"{_TEMPORARY}replaced-{target.name}"
+        shutil.rmtree(replaced, ignore_errors=True)
+        target.rename(replaced)
+        writing.rename(target)
+        shutil.rmtree(replaced)
+    else:
+        writing.rename(target)
+    _fsync(target.parent)
+
+
+def remove_unfinished(parent: Path) -> None:
+    """Remove what a killed process was writing."""
+    for leftover in parent.glob(f"{_TEMPORARY}*"):
+        shutil.rmtree(leftover)
+
+
+def damage(folder: Path) -> str | None:
+    """What is wrong with a sealed folder, in words; None where every file has its size and checksum."""
+    try:
+        files = json.loads((folder / MANIFEST).read_text())["files"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        return f"{folder / MANIFEST} is missing or unreadable ({type(error).__name__})"
+    for name, expected in files.items():
+        file = folder / name
+        if not file.is_file():
+            return f"{file} is missing"
+        if file.stat().st_size != expected["bytes"]:
+            return f"{file} has {file.stat().st_size} bytes, its manifest says {expected['bytes']}"
+        if _sha256(file) != expected["sha256"]:
+            return f"{file} does not have the checksum of its manifest"
+    return None
+
+
+def checkpoints(parent: Path) -> list[Path]:
+    """The ``step-N`` folders, oldest first, whole or not."""
+    found = [folder for folder in parent.glob("step-*") if folder.name[5:].isdigit()]
+    return sorted(found, key=step_of)
+
+
+def step_of(checkpoint: Path) -> int:
+    """The N of ``step-N``."""
+    return int(checkpoint.name.removeprefix("step-"))
+
+
+def newest_whole(parent: Path) -> tuple[Path | None, list[str]]:
+    """The newest checkpoint without damage, and what is wrong with those newer than it."""
+    complaints = []
+    for folder in reversed(checkpoints(parent)):
+        wrong = damage(folder)
+        if wrong is None:
+            return folder, complaints
+        complaints.append(wrong)
+    return None, complaints
+
+
+def prune(parent: Path, keep: int | None) -> None:
+    """Remove all but the newest ``keep`` checkpoints."""
+    if keep is not None:
+        for folder in checkpoints(parent)[:-keep]:
+            shutil.rmtree(folder)
+
+
+def _seal(folder: Path) -> None:
+    files = sorted(file for file in folder.rglob("*") if file.is_file())
+    entries = {
+        file.relative_to(folder).as_posix(): {"bytes": file.stat().st_size, "sha256": _sha256(file)} for file in files
+    }
+    manifest = folder / MANIFEST
+    manifest.write_text(json.dumps({"files": entries}, indent=1))
+    for file in [*files, manifest]:
+        _fsync(file)
+    for directory in {folder, *(file.parent for file in files)}:
+        _fsync(directory)
+
+
+def _sha256(file: Path) -> str:
+    with file.open("rb") as stream:
+        return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def _require_space(target: Path, needed_bytes: int, keeps: str) -> None:
+    missing = needed_bytes - shutil.disk_usage(target.parent).free
+    if missing > 0:
+        raise UserError(_disk_full(target, missing, keeps))
+
+
+def _disk_full(target: Path, missing: int, keeps: str) -> str:
+    kept = f" {keeps}" if keeps else ""
+    return f"The disk is full: {target} needs at least {missing:,} bytes more on {target.parent}.{kept}"
+
+
+def _is_disk_full(error: BaseException) -> bool:
+    # safetensors wraps the operating system's error into one of its own and keeps only the text.
+    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower()

@@ -1,0 +1,181 @@
+"""The command line: one function a verb, each of which imports what it needs."""
+
+import argparse
+import json
+import os
+import sys
+from collections.abc import Callable, Sequence
+from pathlib import Path
+
+from rich.console import Console
+
+from lowprec.errors import UserError
+
+_TRAIN_HELP = """
+examples:
+  lowprec train quickstart
+  lowprec train lora data.path=chats.jsonl train.output_dir=runs/mine
+  lowprec train qlora_nf4 model.model_name_or_path=meta-llama/Llama-3.1-8B data.path=chats.jsonl
+  lowprec train runs/mine/recipe.yaml train.resume_from_checkpoint=auto
+  lowprec train lora data.path=chats.jsonl -m optimizer.learning_rate=1e-4,3e-4 adapter.r=8,16
+  accelerate launch --num_processes 2 -m lowprec train full data.path=chats.jsonl
+
+exit codes: 0 finished, 1 an error, 2 wrong usage, 75 stopped by a signal with a checkpoint saved
+"""
+_RECIPES_HELP = """
+examples:
+  lowprec recipes ls
+  lowprec recipes show lora
+  lowprec recipes show my.yaml adapter.r=8      the recipe as it would run, every key with its value
+  lowprec recipes cp lora my_lora.yaml
+"""
+_MERGE_HELP = """
+examples:
+  lowprec merge runs/quickstart merged
+  lowprec merge my_adapter merged --base meta-llama/Llama-3.1-8B
+"""
+_DOCTOR_HELP = """
+examples:
+  lowprec doctor
+  lowprec doctor --json
+"""
+_COMPLETION_HELP = """
+examples:
+  eval "$(lowprec completion bash)"
+  lowprec completion zsh >> ~/.zshrc
+"""
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run a command line. Returns the exit code; errors that a user can cause are one paragraph on standard error."""
+    parser = _parser()
+    options, extra = parser.parse_known_intermixed_args(arguments)
+    # argparse takes '+key=value' and '~key' as they come; what still begins with a dash is a mistake.
+    if extra:
+        parser.error(f"unknown option {extra[0]}; keys are given as key=value, without dashes")
+    # Read by PyTorch when CUDA starts: without it, lengths that change from batch to batch fragment the memory.
+    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    try:
+        return options.run(options)
+    except UserError as error:
+        if options.debug:
+            raise
+        Console(stderr=True, soft_wrap=True).print(f"[bold red]lowprec:[/] {_escape(str(error))}", highlight=False)
+        return 1
+    except KeyboardInterrupt:
+        Console(stderr=True).print("lowprec: stopped at once; nothing was saved since the last checkpoint.")
+        return 130
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="lowprec", description="Low-precision fine-tuning of language models.")
+    parser.add_argument("--version", action="version", version=_version())
+    verbs = parser.add_subparsers(metavar="VERB", required=True)
+
+    def verb(name: str, run: Callable[[argparse.Namespace], int], text: str, examples: str) -> argparse.ArgumentParser:
+        sub = verbs.add_parser(
+            name, help=text, description=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+        )
+        sub.add_argument("--debug", action="store_true", help="show the traceback of an error")
+        sub.set_defaults(run=run)
+        return sub
+
+    train = verb("train", _train, "Fine-tune a model as a recipe says.", _TRAIN_HELP)
+    train.add_argument("recipe", help="a shipped recipe (lowprec recipes ls), or the path of a YAML file")
+    train.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+    train.add_argument("-m", "--multirun", action="store_true", help="run every combination of key=a,b one by one")
+
+    recipes = verb("recipes", _recipes, "List, show or copy recipes.", _RECIPES_HELP)
+    recipes.add_argument("action", choices=["ls", "show", "cp"])
+    recipes.add_argument("recipe", nargs="?")
+    recipes.add_argument("rest", nargs="*", metavar="key=value | target.yaml")
+
+    merge = verb("merge", _merge, "Merge an adapter into its 16-bit base, tensor by tensor.", _MERGE_HELP)
+    merge.add_argument("adapter", help="a run folder, or a PEFT adapter folder")
+    merge.add_argument("output", help="the folder to write; must not exist or be empty")
+    merge.add_argument("--base", help="the base model, where the adapter does not name one that can be found")
+
+    doctor = verb("doctor", _doctor, "Try what this machine can run, and say why not.", _DOCTOR_HELP)
+    doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    completion = verb("completion", _completion, "Print a shell completion script.", _COMPLETION_HELP)
+    completion.add_argument("shell", choices=["bash", "zsh"])
+    return parser
+
+
+def _train(options: argparse.Namespace) -> int:
+    from lowprec.config import resolve
+    from lowprec.run_folder import Status
+    from lowprec.train.interrupt import EXIT_INTERRUPTED
+    from lowprec.train.loop import train
+
+    if options.multirun:
+        from lowprec.sweep import sweep
+
+        return sweep(options.recipe, options.overrides)
+    recipe, messages = resolve(options.recipe, options.overrides)
+    console = Console()
+    if os.environ.get("LOCAL_RANK", "0") == "0":
+        for message in messages:
+            console.print(f"[yellow]Note:[/] {_escape(message)}", highlight=False)
+    return EXIT_INTERRUPTED if train(recipe, console) is Status.INTERRUPTED else 0
+
+
+def _recipes(options: argparse.Namespace) -> int:
+    from rich.table import Table
+
+    from lowprec.recipes import copy_recipe, purpose, recipe_text, shipped_recipes
+
+    if options.action == "ls":
+        table = Table("recipe", "purpose", box=None)
+        for name in shipped_recipes():
+            table.add_row(name, purpose(name))
+        Console().print(table)
+    elif options.recipe is None:
+        raise UserError(f"lowprec recipes {options.action} needs the name of a recipe: {', '.join(shipped_recipes())}.")
+    elif options.action == "cp":
+        if len(options.rest) != 1:
+            raise UserError("lowprec recipes cp needs one target: lowprec recipes cp lora my_lora.yaml.")
+        print(f"wrote {copy_recipe(options.recipe, options.rest[0])}")
+    elif not options.rest and options.recipe in shipped_recipes():
+        print(recipe_text(options.recipe), end="")
+    else:
+        from lowprec.config import resolve
+
+        print(resolve(options.recipe, options.rest)[0].to_yaml(), end="")
+    return 0
+
+
+def _merge(options: argparse.Namespace) -> int:
+    from lowprec.merge import merge
+
+    merge(options.adapter, options.output, base=options.base).render(Console())
+    return 0
+
+
+def _doctor(options: argparse.Namespace) -> int:
+    from lowprec.doctor import doctor, exit_code, render, to_json
+
+    checks = doctor()
+    if options.json:
+        print(json.dumps(to_json(checks), indent=2))
+    else:
+        render(checks, Console())
+    return exit_code(checks)
+
+
+def _completion(options: argparse.Namespace) -> int:
+    from lowprec.completion import script
+
+    print(script(options.shell), end="")
+    return 0
+
+
+def _version() -> str:
+    from lowprec import __version__
+
+    return f"lowprec {__version__} (Python {sys.version.split()[0]}, {Path(__file__).parent})"
+
+
+def _escape(text: str) -> str:
+    return text.replace("[", "\\[")

@@ -1,0 +1,144 @@
+"""``report.json``, the table at the end of a run, and ``loss.png``."""
+
+import importlib.metadata
+import os
+import platform
+import resource
+import statistics
+from collections import Counter
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any
+
+import psutil
+import torch
+from rich.console import Console
+from rich.table import Table
+from torch import nn
+
+GIB = 2**30
+_PACKAGES = ("lowprec", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "triton", "liger-kernel")
+
+
+def versions() -> dict[str, str]:
+    """Versions of what the numbers of a run depend on; packages that are missing are left out."""
+    found = {"python": platform.python_version()}
+    for package in _PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found
+
+
+def hardware() -> dict[str, Any]:
+    """The machine: processor, cores, memory in GiB, and every CUDA device."""
+    devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return {
+        "cpu": platform.processor() or platform.machine(),
+        "cores": len(os.sched_getaffinity(0)),
+        "ram_gib": round(psutil.virtual_memory().total / GIB, 1),
+        "gpus": [{"name": d.name, "vram_gib": round(d.total_memory / GIB, 1), "sm": f"{d.major}.{d.minor}"} for d in devices],
+        "cuda": torch.version.cuda,
+    }
+
+
+def dtypes(model: nn.Module, optimizer: torch.optim.Optimizer, compute: torch.dtype) -> dict[str, Any]:
+    """Number of elements stored in each dtype: parameters, those that train, optimizer states; and what computes.
+
+    A 4-bit weight counts as the uint8 elements that hold it.
+    """
+    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+    return {
+        "parameters": _elements(model.parameters()),
+        "trained_parameters": _elements(p for p in model.parameters() if p.requires_grad),
+        "optimizer_states": _elements(state for state in states if state.numel() > 1),
+        "compute": _name(compute),
+    }
+
+
+def peak_memory() -> dict[str, float]:
+    """Peak GiB since the process began: ``peak_ram_gib`` resident, ``peak_vram_gib`` allocated by PyTorch (0 on the CPU)."""
+    vram = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+    return {
+        "peak_vram_gib": round(vram, 3),
+        "peak_ram_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3),
+    }
+
+
+def speed(rows: list[dict[str, Any]]) -> dict[str, float]:
+    """Medians over the steps of this process, the first (which warms up) left out where there are others.
+
+    Returns:
+        ``tokens_per_second`` (trained tokens), ``all_tokens_per_second`` (prompt and padding too), ``step_time_ms_p50``
+        and ``step_time_ms_p90``. Empty where no step was taken.
+    """
+    steps = [row for row in rows if "loss" in row]
+    steps = steps[1:] if len(steps) > 1 else steps
+    if not steps:
+        return {}
+    times = sorted(row["step_time_ms"] for row in steps)
+    return {
+        "tokens_per_second": round(statistics.median(row["tokens_per_second"] for row in steps), 1),
+        "all_tokens_per_second": round(statistics.median(row["all_tokens_per_second"] for row in steps), 1),
+        "step_time_ms_p50": round(statistics.median(times), 1),
+        "step_time_ms_p90": round(times[min(int(0.9 * len(times)), len(times) - 1)], 1),
+    }
+
+
+def print_summary(report: dict[str, Any], folder: Path, console: Console) -> None:
+    """The short table that ends a run."""
+    table = Table(title=f"{report['recipe']}: {report['status']} after {report['steps']} steps", title_justify="left")
+    table.add_column("")
+    table.add_column("", justify="right")
+    before, after = report.get("eval_loss_before"), report.get("eval_loss_after")
+    if before is not None and after is not None:
+        table.add_row("held-out loss", f"{before:.3f} -> {after:.3f}  ({100 * (after / before - 1):+.1f} %)")
+    if "tokens_per_second" in report:
+        speeds = f"{report['tokens_per_second']:,.0f} ({report['all_tokens_per_second']:,.0f} with prompts and padding)"
+        table.add_row("trained tokens/s", speeds)
+        table.add_row("step time, median", f"{report['step_time_ms_p50']:,.0f} ms")
+    if report["peak_vram_gib"]:
+        table.add_row("peak VRAM", f"{report['peak_vram_gib']:.2f} GiB")
+    table.add_row("peak RAM", f"{report['peak_ram_gib']:.2f} GiB")
+    table.add_row("linear layers", ", ".join(f"{count} {scheme}" for scheme, count in report["layers"].items()))
+    table.add_row("trained parameters", _counts(report["dtypes"]["trained_parameters"]))
+    table.add_row("optimizer states", _counts(report["dtypes"]["optimizer_states"]))
+    table.add_row("computed in", report["dtypes"]["compute"])
+    table.add_row("run folder", str(folder))
+    console.print(table)
+
+
+def plot_loss(rows: list[dict[str, Any]], target: Path, title: str) -> None:
+    """Training loss of every step and held-out loss, as a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    steps = [(row["step"], row["loss"]) for row in rows if "loss" in row]
+    held_out = [(row["step"], row["eval_loss"]) for row in rows if "eval_loss" in row]
+    figure = Figure(figsize=(7, 4), layout="constrained")
+    FigureCanvasAgg(figure)
+    axes = figure.add_subplot()
+    if steps:
+        axes.plot(*zip(*steps, strict=True), color="#7aa6d8", linewidth=1.2, label="training, each step")
+    if held_out:
+        axes.plot(*zip(*held_out, strict=True), color="#c1440e", marker="o", markersize=4, label="held out")
+    axes.set(xlabel="optimizer step", ylabel="loss (nats a token)", title=title)
+    axes.grid(alpha=0.3)
+    axes.legend(frameon=False)
+    figure.savefig(target, dpi=150)
+
+
+def _elements(tensors: Iterable[torch.Tensor]) -> dict[str, int]:
+    counts: Counter[str] = Counter()
+    for tensor in tensors:
+        counts[_name(tensor.dtype)] += tensor.numel()
+    return dict(counts)
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def _counts(elements: dict[str, int]) -> str:
+    return ", ".join(f"{count:,} {dtype}" for dtype, count in elements.items()) or "none"

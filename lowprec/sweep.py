@@ -1,0 +1,72 @@
+"""``lowprec train RECIPE -m key=a,b``: every combination, one process after the other, each in a folder of its own."""
+
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
+from rich.console import Console
+from rich.table import Table
+
+from lowprec.config import resolve
+from lowprec.errors import UserError
+from lowprec.overrides import parse_overrides
+from lowprec.run_folder import read_report
+from lowprec.train.interrupt import EXIT_INTERRUPTED
+
+
+def combinations(overrides: Sequence[str]) -> list[list[str]]:
+    """The runs of a sweep, by Hydra's own grammar (lists, ``range``, ``glob``, ``choice``)."""
+    batches = BasicSweeper.split_arguments(parse_overrides(overrides), max_batch_size=None)
+    return [list(run) for batch in batches for run in batch]
+
+
+def sweep(recipe: str, overrides: Sequence[str]) -> int:
+    """Run all combinations and print how each ended.
+
+    A process a run: memory and random state of one do not reach the next. All recipes are resolved before the first
+    run, so that a typing mistake in the last is found at once.
+
+    Returns:
+        0 where all finished; else the exit code of the first that did not.
+
+    Raises:
+        UserError: a combination is not a valid recipe, or ``train.output_dir`` would be shared.
+    """
+    runs = combinations(overrides)
+    varied = [key for key in {pair.partition("=")[0]: None for run in runs for pair in run}
+              if len({_value(run, key) for run in runs}) > 1]  # fmt: skip
+    if "train.output_dir" in varied:
+        raise UserError("A sweep makes a folder for each run below train.output_dir: give that one value.")
+    folders = [Path(str(resolve(recipe, run)[0].train.output_dir), _folder_name(run, varied)) for run in runs]
+    console, codes = Console(), []
+    for number, (run, folder) in enumerate(zip(runs, folders, strict=True), 1):
+        told = " ".join(f"{key}={_value(run, key)}" for key in varied)
+        console.rule(f"run {number} of {len(runs)}: {told}", align="left")
+        own = [pair for pair in run if pair.partition("=")[0] != "train.output_dir"]
+        command = [sys.executable, "-m", "lowprec", "train", recipe, *own, f'train.output_dir="{folder}"']
+        codes.append(subprocess.run(command, check=False).returncode)
+        if codes[-1] in (EXIT_INTERRUPTED, 130):
+            break
+    table = Table(*varied, "ended", "held-out loss", "trained tok/s", "peak VRAM GiB", "folder")
+    for run, folder in zip(runs, folders, strict=True):
+        report = read_report(folder)
+        figures = [report.get(key) for key in ("eval_loss_after", "tokens_per_second", "peak_vram_gib")]
+        table.add_row(
+            *(_value(run, key) for key in varied),
+            report.get("status", "not run"),
+            *("" if figure is None else f"{figure:,.3f}" for figure in figures),
+            str(folder),
+        )
+    console.print(table)
+    return next((code for code in codes if code), 0)
+
+
+def _value(run: list[str], key: str) -> str:
+    return next((pair.partition("=")[2] for pair in run if pair.partition("=")[0] == key), "")
+
+
+def _folder_name(run: list[str], varied: list[str]) -> str:
+    name = ",".join(f"{key}={_value(run, key)}" for key in varied) or "run"
+    return "".join(character if character.isalnum() or character in "=,.-_" else "-" for character in name)

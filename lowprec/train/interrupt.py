@@ -1,0 +1,38 @@
+"""SIGTERM and Ctrl-C: finish the step, save, leave. A second Ctrl-C stops at once."""
+
+import signal
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from types import FrameType
+
+EXIT_INTERRUPTED = 75
+"""Exit code of a run that was asked to stop and has saved a checkpoint (sysexits' EX_TEMPFAIL: try again later)."""
+
+
+@dataclass
+class StopRequest:
+    """Set by a signal handler, read by the loop between steps."""
+
+    signal_name: str | None = None
+
+    def __bool__(self) -> bool:
+        return self.signal_name is not None
+
+
+@contextmanager
+def stop_on_signals() -> Iterator[StopRequest]:
+    """Catch SIGTERM and SIGINT while the body runs."""
+    request = StopRequest()
+
+    def handle(number: int, frame: FrameType | None) -> None:
+        if request and number == signal.SIGINT:
+            raise KeyboardInterrupt
+        request.signal_name = signal.Signals(number).name
+
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        yield request
+    finally:
+        for number, handler in previous.items():
+            signal.signal(number, handler)

@@ -1,0 +1,66 @@
+"""What has to be settled between processes before a run begins: Accelerate, the run folder, trackers."""
+
+import importlib.util
+
+from accelerate import Accelerator, DistributedType
+from accelerate.utils import broadcast_object_list
+
+from lowprec.config import Recipe
+from lowprec.errors import UserError
+from lowprec.run_folder import RunFolder, open_run
+from lowprec.train.options import AUTO
+
+_SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MULTI_GPU)
+_PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
+
+
+def start_accelerator(recipe: Recipe) -> Accelerator:
+    """Accelerate with the recipe's precision and trackers.
+
+    Raises:
+        UserError: it was launched in a way that lowprec does not run, or a tracker is not installed.
+    """
+    accelerator = Accelerator(
+        mixed_precision=_PRECISION[recipe.model.dtype],
+        log_with=_trackers(recipe.train.report_to),
+        project_dir=recipe.train.output_dir,
+    )
+    if accelerator.distributed_type not in _SUPPORTED:
+        raise UserError(
+            f"accelerate launch asks for {accelerator.distributed_type.value}, which lowprec does not run. Use plain data "
+            "parallelism (--multi_gpu, or --cpu with several processes), or a single process."
+        )
+    return accelerator
+
+
+def claim_run_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder | None:
+    """``open_run`` on the main process; its result, or its UserError, in all. Only the main process holds the lock."""
+    folder, wrong = None, None
+    if accelerator.is_main_process:
+        try:
+            folder = open_run(str(recipe.train.output_dir), recipe.train.resume_from_checkpoint)
+        except UserError as error:
+            wrong = str(error)
+    if accelerator.num_processes > 1:
+        shared = [(folder.path, folder.resume_from) if folder else None, wrong]
+        broadcast_object_list(shared)
+        paths, wrong = shared
+        if folder is None and paths is not None:
+            folder = RunFolder(*paths, messages=[])
+    if wrong is not None:
+        raise UserError(wrong)
+    return folder
+
+
+def _trackers(report_to: list[str]) -> list[str]:
+    names = []
+    for name in report_to:
+        if name == AUTO:
+            names += ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+        elif importlib.util.find_spec(name) is None:
+            raise UserError(
+                f"train.report_to names {name}, which is not installed: pip install {name}, or train.report_to=[]."
+            )
+        else:
+            names.append(name)
+    return names

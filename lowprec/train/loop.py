@@ -1,0 +1,262 @@
+"""``train(recipe)``: a run from a resolved recipe to its folder, readable top to bottom."""
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from accelerate.utils import set_seed
+from rich.console import Console
+
+from lowprec.checkpoint import atomic_folder, prune
+from lowprec.config import Recipe
+from lowprec.data import StepBatch, StepLoader, prepare_data
+from lowprec.display import Display
+from lowprec.model import COMPUTE_DTYPE, load_model, load_tokenizer
+from lowprec.optim.options import build_schedule
+from lowprec.prepare import wrap
+from lowprec.report import dtypes, peak_memory
+from lowprec.run_folder import RunFolder, Status
+from lowprec.train.clock import Mark
+from lowprec.train.evaluation import answer, evaluate
+from lowprec.train.interrupt import StopRequest, stop_on_signals
+from lowprec.train.launch import claim_run_folder, start_accelerator
+from lowprec.train.nonfinite import NonFiniteError, find_origin
+from lowprec.train.out_of_memory import OutOfMemoryError, explain
+from lowprec.train.recorder import Recorder
+from lowprec.train.resume import check_same_run
+from lowprec.train.state import TrainState, random_state
+from lowprec.train.step import StepScalars, TrainStep
+
+
+def train(recipe: Recipe, console: Console | None = None) -> Status:
+    """Run a recipe and leave its run folder.
+
+    Args:
+        recipe: as ``lowprec.config.resolve`` returns it.
+        console: where to print; standard output by default.
+
+    Returns:
+        FINISHED, or INTERRUPTED where a signal asked to stop and a checkpoint was saved.
+
+    Raises:
+        UserError: bad data, model or folder; a loss that is not finite; not enough memory; a full disk.
+    """
+    accelerator = start_accelerator(recipe)
+    console = (console or Console()) if accelerator.is_main_process else Console(quiet=True)
+    folder = claim_run_folder(recipe, accelerator)
+    if folder is None:
+        console.print(f"{recipe.train.output_dir} holds a finished run, and its final/ is whole. Nothing to do.")
+        return Status.FINISHED
+    try:
+        with stop_on_signals() as stop:
+            return Run(recipe, folder, accelerator, console, stop).execute()
+    finally:
+        accelerator.end_training()
+        folder.close()
+
+
+@dataclass
+class _Pending:
+    """A step whose work is under way, with all that is needed to report it or to take it again."""
+
+    batch: StepBatch
+    random_state: dict[str, Any]
+    row: dict[str, Any]
+    begin: Mark
+    scalars: StepScalars
+
+
+class Run:
+    """One run: what was built from the recipe, and the loop over it."""
+
+    def __init__(
+        self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator, console: Console, stop: StopRequest
+    ) -> None:
+        self.recipe, self.folder, self.accelerator, self.console, self.stop = recipe, folder, accelerator, console, stop
+        self.recorder = Recorder(recipe, folder, accelerator, console)
+        self.optimizer: torch.optim.Optimizer | None = None
+        self.progress: dict[str, Any] = {
+            "step": 0, "trained_tokens": 0, "eval_loss_before": None, "eval_loss": None, "answers_before": [], "answers": [],
+        }  # fmt: skip
+
+    def execute(self) -> Status:
+        """Build, resume or begin, take the steps, save what is due, report."""
+        for message in self.folder.messages:
+            self.console.print(message)
+        try:
+            self._build()
+            self._begin()
+            with Display(self.console, self.progress["step"], self.num_steps) as self.display:
+                stopped = self._take_steps()
+            if not stopped:
+                self._save_final()
+        except BaseException as error:
+            self.recorder.report(Status.FAILED, self.progress, error=f"{type(error).__name__}: {error}")
+            if isinstance(error, torch.OutOfMemoryError):
+                raise OutOfMemoryError(explain(self.recipe, self.model, self.optimizer)) from error
+            raise
+        status = Status.INTERRUPTED if stopped else Status.FINISHED
+        report = self.recorder.report(status, self.progress)
+        if stopped:
+            self.console.print(
+                f"Stopped after step {self.progress['step']} as asked. {self.recorder.last_checkpoint()} is saved; the "
+                "same command with train.resume_from_checkpoint=auto goes on from it."
+            )
+        else:
+            self.recorder.finish(report, [(p.prompt, p.reference) for p in self.data.prompts])
+        return status
+
+    def _build(self) -> None:
+        recipe, options, device = self.recipe, self.recipe.train, self.accelerator.device
+        set_seed(options.seed)
+        self.tokenizer = load_tokenizer(recipe.model)
+        self.data = prepare_data(recipe.data, self.tokenizer, seed=options.seed)
+        self.console.print(self.data.summary)
+        self.model = load_model(recipe.model)
+        layers = wrap(self.model, recipe.weights, frozen=recipe.choice("adapter") != "none", device=device)
+        self.console.print(layers)
+        self.model = recipe.adapter.attach(self.model)
+        self.model.config.use_cache = False
+        if options.gradient_checkpointing:
+            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.model.to(device).train()
+        self.optimizer = recipe.optimizer.build(self.model, recipe.state_store)
+        self.loader = StepLoader(
+            self.data,
+            per_device_batch_size=options.per_device_train_batch_size,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            seed=options.seed,
+            pad_token_id=self.tokenizer.pad_token_id,
+            device=device,
+        )
+        self.num_steps = options.max_steps or self.loader.num_steps(options.num_train_epochs)
+        self.schedule = build_schedule(self.optimizer, recipe.optimizer, self.num_steps)
+        self.state = TrainState(self.model, self.optimizer, self.schedule, self.loader, recipe, self.progress)
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        prepared_optimizer = self.accelerator.prepare_optimizer(self.optimizer)
+        self.step = TrainStep(self.wrapped, prepared_optimizer, self.schedule, self.accelerator, options.max_grad_norm)
+        notes = recipe.optimizer.warnings(self.model, recipe.state_store)
+        for note in notes:
+            self.console.print(f"[yellow]Note:[/] {note}", highlight=False)
+        self.recorder.facts.update(
+            layers=layers.counts(), wrap=layers.to_dict(), data=self.data.summary.to_dict(), notes=notes,
+            dtypes=dtypes(self.model, self.optimizer, COMPUTE_DTYPE[recipe.model.dtype]),
+        )  # fmt: skip
+
+    def _begin(self) -> None:
+        checkpoint = self.folder.resume_from
+        if checkpoint is not None:
+            for message in check_same_run(self.recipe, checkpoint):
+                self.console.print(message)
+            self.state.load(checkpoint, self.accelerator)
+            self.console.print(f"Resuming after step {self.progress['step']} from {checkpoint}.")
+        self.recorder.begin(self.progress["step"])
+        self.recorder.report(Status.RUNNING, self.progress)
+
+    def _take_steps(self) -> bool:
+        """Train until the last step, or until all processes know that one was asked to stop: then return True.
+
+        A step's scalars are read while the next step runs, so that the device never waits for the host.
+        """
+        options = self.recipe.train
+        if self.progress["eval_loss_before"] is None:
+            self._evaluate()
+            self.progress.update(eval_loss_before=self.progress["eval_loss"], answers_before=self.progress["answers"])
+        pending: _Pending | None = None
+        mark = Mark(self.accelerator.device)
+        for batch in self.loader:
+            step = self.progress["step"] + 1
+            if step > self.num_steps:
+                break
+            previous, pending = pending, self._launch(step, batch, mark)
+            mark = pending.scalars.end
+            stopping = self._finish(previous) if previous else False
+            last = step == self.num_steps
+            due_eval = last or (options.eval_steps is not None and step % options.eval_steps == 0)
+            due_save = options.save_steps is not None and (last or step % options.save_steps == 0)
+            # With several processes the others learn of a signal from the scalars; alone, there is no need to wait.
+            stopping |= bool(self.stop) and self.accelerator.num_processes == 1
+            if due_eval or due_save or stopping:
+                self._finish(pending)
+                pending = None
+                if due_eval:
+                    self._evaluate()
+                if due_save or stopping:
+                    self._save_checkpoint()
+                if stopping and not last:
+                    return True
+                mark = Mark(self.accelerator.device)
+        return False
+
+    def _launch(self, step: int, batch: StepBatch, begin: Mark) -> _Pending:
+        chance, learning_rate = random_state(), self.schedule.get_last_lr()[0]
+        scalars = self.step(batch, stop=bool(self.stop))
+        self.progress["step"] = step
+        self.progress["trained_tokens"] += batch.num_trained_tokens_global
+        row = {
+            "step": step,
+            "epoch": round(batch.epoch, 4),
+            "learning_rate": learning_rate,
+            "trained_tokens": self.progress["trained_tokens"],
+        }
+        return _Pending(batch, chance, row, begin, scalars)
+
+    def _finish(self, pending: _Pending) -> bool:
+        """Wait for a step, write its row of metrics; True where a process was asked to stop."""
+        loss, grad_norm, bad, stop = pending.scalars.read()
+        if bad:
+            self._fail(pending, loss, grad_norm)
+        seconds = pending.scalars.end.seconds_since(pending.begin)
+        row = pending.row | {
+            "loss": loss,
+            "grad_norm": grad_norm,
+            "tokens_per_second": round(pending.batch.num_trained_tokens_global / seconds, 1),
+            "all_tokens_per_second": round(pending.batch.num_tokens_global / seconds, 1),
+            "step_time_ms": round(seconds * 1000, 2),
+            **peak_memory(),
+        }
+        self.recorder.row(row)
+        self.display.step(row)
+        return stop
+
+    def _fail(self, pending: _Pending, loss: float, grad_norm: float) -> None:
+        self.progress["step"] = pending.row["step"] - 1
+        origin = find_origin(self.model, pending.batch, pending.random_state, self.accelerator)
+        raise NonFiniteError(
+            f"Step {pending.row['step']} is not finite (loss {loss}, gradient norm {grad_norm}): it arose in the {origin}. "
+            f"It was not applied to the weights. The last good checkpoint: "
+            f"{self.recorder.last_checkpoint() or 'none, train.save_steps was not reached'}. A lower "
+            "optimizer.learning_rate, a longer optimizer.warmup_ratio, or a look at the samples of that step may help."
+        )
+
+    def _evaluate(self) -> None:
+        options = self.recipe.train
+        loss = evaluate(self.wrapped, self.data, options, self.tokenizer.pad_token_id, self.accelerator)
+        self.progress["eval_loss"] = loss
+        if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+            self.schedule.step(loss)
+        if self.accelerator.is_main_process:
+            self.progress["answers"] = [
+                answer(self.model, self.tokenizer, prompt.input_ids, options.sample_max_new_tokens, self.accelerator)
+                for prompt in self.data.prompts[: options.num_sample_answers]
+            ]
+        self.recorder.row({"step": self.progress["step"], "eval_loss": loss})
+        self.display.note(f"step {self.progress['step']}: held-out loss {loss:.4f}")
+
+    def _save_checkpoint(self) -> None:
+        last = self.recorder.last_checkpoint()
+        keeps = f"{last} stays usable." if last else "There is no older checkpoint."
+        self.state.save(self.folder.checkpoints / f"step-{self.progress['step']}", self.accelerator, keeps)
+        if self.accelerator.is_main_process:
+            prune(self.folder.checkpoints, self.recipe.train.save_total_limit)
+
+    def _save_final(self) -> None:
+        if self.accelerator.is_main_process:
+            last = self.recorder.last_checkpoint()
+            with atomic_folder(self.folder.final, keeps=f"{last} stays usable." if last else "") as writing:
+                self.recipe.adapter.save(self.model, writing, self.recipe.model)
+                self.tokenizer.save_pretrained(writing)
+        self.accelerator.wait_for_everyone()

@@ -1,0 +1,65 @@
+"""The recipe's group ``train``: how long, how large, what is saved and watched."""
+
+from dataclasses import dataclass, field
+from typing import Optional
+
+from lowprec.errors import UserError
+
+AUTO = "auto"
+
+
+@dataclass(kw_only=True, slots=True)
+class Train:
+    """Keys are spelled as in Hugging Face's ``TrainingArguments``."""
+
+    output_dir: Optional[str] = None
+    """The run folder. None means ``runs/<recipe name>``."""
+    max_steps: Optional[int] = None
+    """Optimizer steps. None means as many as ``num_train_epochs`` takes."""
+    num_train_epochs: float = 1.0
+    """Passes over the training data; read only where ``max_steps`` is None."""
+    per_device_train_batch_size: int = 1
+    per_device_eval_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    gradient_checkpointing: bool = False
+    """Recompute activations in backward: about a third more computing for several times less memory."""
+    max_grad_norm: Optional[float] = 1.0
+    """Exact clipping by the global norm; None turns it off."""
+    seed: int = 42
+    eval_steps: Optional[int] = None
+    """Evaluate and answer the sample prompts every so many steps. None: before the first and after the last only."""
+    eval_max_samples: Optional[int] = 512
+    """Held-out samples an evaluation reads (the first of a fixed order); None reads all."""
+    num_sample_answers: int = 1
+    """Held-out prompts that the model answers at each evaluation."""
+    sample_max_new_tokens: int = 64
+    save_steps: Optional[int] = None
+    """Write a checkpoint every so many steps. None: only when interrupted."""
+    save_total_limit: Optional[int] = 2
+    """Checkpoints kept; older ones are removed once a newer one is complete. None keeps all."""
+    resume_from_checkpoint: Optional[str] = None
+    """``auto`` (the newest whole checkpoint in ``output_dir``, or the beginning), or a checkpoint folder."""
+    report_to: list[str] = field(default_factory=lambda: [AUTO])
+    """Trackers of Accelerate: ``auto`` is TensorBoard where installed; ``wandb``, ``mlflow``, ...; an empty list for none."""
+
+    def __post_init__(self) -> None:
+        for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
+                    "sample_max_new_tokens"):  # fmt: skip
+            _at_least_one(key, getattr(self, key))
+        for key in ("max_steps", "eval_steps", "eval_max_samples", "save_steps", "save_total_limit"):
+            if getattr(self, key) is not None:
+                _at_least_one(key, getattr(self, key))
+        if self.num_train_epochs <= 0:
+            raise UserError(f"train.num_train_epochs={self.num_train_epochs} must be greater than 0.")
+        if self.num_sample_answers < 0:
+            raise UserError(f"train.num_sample_answers={self.num_sample_answers} must be 0 or more.")
+        if self.max_grad_norm is not None and self.max_grad_norm <= 0:
+            raise UserError(
+                f"train.max_grad_norm={self.max_grad_norm} must be greater than 0; train.max_grad_norm=null turns "
+                "clipping off."
+            )
+
+
+def _at_least_one(key: str, value: int) -> None:
+    if value < 1:
+        raise UserError(f"train.{key}={value} must be 1 or more.")

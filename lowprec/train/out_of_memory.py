@@ -1,0 +1,59 @@
+"""Running out of CUDA memory, told as what held it and which keys lower it."""
+
+import torch
+from torch import nn
+
+from lowprec.config import Recipe
+from lowprec.errors import UserError
+
+GIB = 2**30
+
+
+class OutOfMemoryError(UserError):
+    """The device's memory did not suffice."""
+
+
+def explain(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str:
+    """One paragraph: what is allocated by kind, and what to change, the largest gain first."""
+    free, total = torch.cuda.mem_get_info()
+    weights = sum(p.nbytes for p in model.parameters() if p.is_cuda)
+    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None and p.grad.is_cuda)
+    states = sum(
+        value.nbytes
+        for state in (optimizer.state.values() if optimizer else ())
+        for value in state.values()
+        if isinstance(value, torch.Tensor) and value.is_cuda
+    )
+    peak = torch.cuda.max_memory_allocated()
+    rest = max(peak - weights - gradients - states, 0)
+    held = (
+        f"weights {weights / GIB:.2f} GiB, gradients {gradients / GIB:.2f} GiB, optimizer states {states / GIB:.2f} GiB, "
+        f"activations and workspace {rest / GIB:.2f} GiB at the peak"
+    )
+    return (
+        f"Out of GPU memory: {total / GIB:.2f} GiB in all, {peak / GIB:.2f} GiB taken by this run at its peak ({held}). "
+        f"What lowers it, the cheapest first: {'; '.join(_remedies(recipe, states > rest))}."
+    )
+
+
+def _remedies(recipe: Recipe, states_dominate: bool) -> list[str]:
+    train = recipe.train
+    remedies = []
+    if not train.gradient_checkpointing:
+        remedies.append("train.gradient_checkpointing=true")
+    if train.per_device_train_batch_size > 1:
+        size = train.per_device_train_batch_size
+        half, accumulation = size // 2, train.gradient_accumulation_steps * 2
+        remedies.append(
+            f"train.per_device_train_batch_size={half} train.gradient_accumulation_steps={accumulation} "
+            "(about the same effective batch)"
+        )
+    if recipe.data.max_length > 256:
+        remedies.append(f"data.max_length={recipe.data.max_length // 2}")
+    if recipe.choice("adapter") == "none":
+        offload = "state_store=cpu or state_store=ssd state_store.path=..."
+        remedies.insert(0, offload) if states_dominate else remedies.append(offload)
+        remedies.append("adapter=lora")
+    elif recipe.choice("weights") != "nf4":
+        remedies.append("weights=nf4")
+    return remedies

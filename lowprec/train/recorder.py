@@ -1,0 +1,92 @@
+"""Everything a run writes about itself: metrics, trackers, ``report.json``, the plot, the table at the end."""
+
+from typing import Any
+
+from accelerate import Accelerator
+from rich.console import Console
+
+from lowprec.checkpoint import newest_whole
+from lowprec.config import RECIPE_FILE, Recipe
+from lowprec.report import hardware, peak_memory, plot_loss, print_summary, speed, versions
+from lowprec.run_folder import RunFolder, Status
+
+
+class Recorder:
+    """Writes on the main process alone."""
+
+    def __init__(self, recipe: Recipe, folder: RunFolder, accelerator: Accelerator, console: Console) -> None:
+        self.recipe, self.folder, self.accelerator, self.console = recipe, folder, accelerator, console
+        self.facts: dict[str, Any] = {"layers": {}, "dtypes": {}, "notes": []}
+        """What the report says beside the progress: filled as it becomes known."""
+        self._rows: list[dict[str, Any]] = []
+
+    def begin(self, first_step: int) -> None:
+        """Write the resolved recipe, and drop what an earlier run measured at steps that will be taken again.
+
+        Args:
+            first_step: the last step that is already done; 0 at the beginning.
+        """
+        if self.accelerator.is_main_process:
+            self.folder.forget_metrics_after(first_step if self.folder.resume_from else -1)
+            (self.folder.path / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+        self.accelerator.init_trackers("lowprec", config={"recipe": self.recipe.name})
+
+    def row(self, row: dict[str, Any]) -> None:
+        """A row of ``metrics.jsonl``, to the trackers as well."""
+        if "loss" in row:
+            self._rows.append(row)
+        if self.accelerator.is_main_process:
+            self.folder.append_metrics(row)
+        self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
+
+    def report(self, status: Status, progress: dict[str, Any], error: str | None = None) -> dict[str, Any]:
+        """Write ``report.json`` and, where something was measured, ``loss.png``."""
+        report = {
+            "status": status.value,
+            "recipe": self.recipe.name,
+            "steps": progress["step"],
+            "eval_loss_before": progress["eval_loss_before"],
+            "eval_loss_after": progress["eval_loss"],
+            "train_tokens": progress["trained_tokens"],
+            "tokens_per_second": None,
+            "step_time_ms_p50": None,
+            **speed(self._rows),
+            **peak_memory(),
+            **self.facts,
+            "answers_before": progress["answers_before"],
+            "answers_after": progress["answers"],
+            "versions": versions(),
+            "hardware": hardware(),
+        }
+        if error is not None:
+            report["error"] = error
+        if self.accelerator.is_main_process:
+            self.folder.write_report(report)
+            rows = self.folder.metrics()
+            if rows:
+                plot_loss(rows, self.folder.path / "loss.png", self.recipe.name)
+        return report
+
+    def finish(self, report: dict[str, Any], prompts: list[tuple[str, str]]) -> None:
+        """Print the answers before and after, and the table.
+
+        Args:
+            prompts: the text of each sample prompt, and the answer the data give.
+        """
+        for (prompt, reference), before, after in zip(
+            prompts, report["answers_before"], report["answers_after"], strict=False
+        ):
+            self.console.print(f"\n[bold]Question[/]  {_plain(prompt)}", highlight=False)
+            self.console.print(f"[bold]Before[/]    {_plain(before)}", highlight=False)
+            self.console.print(f"[bold]After[/]     {_plain(after)}", highlight=False)
+            self.console.print(f"[bold]Data[/]      {_plain(reference)}\n", highlight=False)
+        print_summary(report, self.folder.path, self.console)
+
+    def last_checkpoint(self) -> str | None:
+        """The newest whole checkpoint, for messages."""
+        newest, _ = newest_whole(self.folder.checkpoints)
+        return str(newest) if newest else None
+
+
+def _plain(text: str) -> str:
+    return " ".join(text.split()).replace("[", "\\[")

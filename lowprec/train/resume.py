@@ -1,0 +1,57 @@
+"""Whether a checkpoint belongs to the recipe that resumes it, and what has changed since."""
+
+from pathlib import Path
+from typing import Any
+
+from omegaconf import OmegaConf
+
+from lowprec.config import RECIPE_FILE, Recipe
+from lowprec.errors import UserError
+
+_HARMLESS = ("name", "defaults", "train.output_dir", "train.resume_from_checkpoint", "train.save_steps",
+             "train.save_total_limit", "train.eval_steps", "train.eval_max_samples", "train.num_sample_answers",
+             "train.sample_max_new_tokens", "train.report_to", "train.per_device_eval_batch_size")  # fmt: skip
+_BINDING = ("model.model_name_or_path", "model.dtype", "weights", "adapter", "optimizer.master", "optimizer.state_dtype")
+
+
+def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
+    """Compare the recipe with the one stored in a checkpoint.
+
+    Returns:
+        Messages about keys that make the rest of the run differ from an undisturbed one.
+
+    Raises:
+        UserError: the checkpoint's weights or states do not fit this recipe.
+    """
+    stored = OmegaConf.to_container(OmegaConf.create((checkpoint / RECIPE_FILE).read_text()))
+    mine = OmegaConf.to_container(OmegaConf.create(recipe.to_yaml()))
+    before, now = _flat(stored), _flat(mine)
+    before |= _choices(stored)
+    now |= _choices(mine)
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in _HARMLESS]
+    binding = [key for key in changed if key.startswith(_BINDING)]
+    if binding:
+        told = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in binding)
+        raise UserError(
+            f"{checkpoint} was made by another recipe: {told}. Resume with the recipe.yaml of that run folder, or choose "
+            "another train.output_dir."
+        )
+    return [
+        f"{key} was {before.get(key)} in the checkpoint and is {now.get(key)} now: the rest differs from an undisturbed run."
+        for key in changed
+    ]
+
+
+def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(node, dict):
+        return {prefix: node}
+    return {key: value for name, inner in node.items() for key, value in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()}
+
+
+def _choices(recipe: Any) -> dict[str, Any]:
+    return {
+        key.removeprefix("override "): choice
+        for entry in recipe["defaults"]
+        if isinstance(entry, dict)
+        for key, choice in entry.items()
+    }

@@ -1,0 +1,138 @@
+import errno
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from lowprec.checkpoint import atomic_folder, checkpoints, damage, newest_whole, prune, remove_unfinished
+from lowprec.errors import UserError
+
+
+def write(folder: Path, content: bytes = b"weights") -> None:
+    with atomic_folder(folder) as writing:
+        (writing / "a.bin").write_bytes(content)
+        (writing / "sub").mkdir()
+        (writing / "sub" / "b.bin").write_bytes(content * 2)
+
+
+def test_sealed_folder_is_whole(tmp_path):
+    write(tmp_path / "step-1")
+    assert damage(tmp_path / "step-1") is None
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["step-1"]
+
+
+@pytest.mark.parametrize("harm", ["flip", "cut", "remove", "manifest"])
+def test_damage_is_named(tmp_path, harm):
+    write(tmp_path / "step-1")
+    file = tmp_path / "step-1" / "sub" / "b.bin"
+    if harm == "flip":
+        content = bytearray(file.read_bytes())
+        content[3] ^= 1
+        file.write_bytes(content)
+    elif harm == "cut":
+        file.write_bytes(file.read_bytes()[:-1])
+    elif harm == "remove":
+        file.unlink()
+    else:
+        file = tmp_path / "step-1" / "manifest.json"
+        file.write_text("{")
+    assert str(file) in (damage(tmp_path / "step-1") or "")
+
+
+def test_newest_whole_passes_over_damaged_ones(tmp_path):
+    for step in (2, 9, 10):
+        write(tmp_path / f"step-{step}")
+    (tmp_path / "step-10" / "a.bin").write_bytes(b"x")
+    newest, complaints = newest_whole(tmp_path)
+    assert newest == tmp_path / "step-9"
+    assert len(complaints) == 1 and "step-10" in complaints[0]
+
+
+def test_prune_keeps_the_newest_by_number(tmp_path):
+    for step in (2, 9, 10):
+        write(tmp_path / f"step-{step}")
+    prune(tmp_path, 2)
+    assert [folder.name for folder in checkpoints(tmp_path)] == ["step-9", "step-10"]
+
+
+def test_an_existing_folder_is_replaced_whole(tmp_path):
+    write(tmp_path / "final", b"old")
+    write(tmp_path / "final", b"new")
+    assert (tmp_path / "final" / "a.bin").read_bytes() == b"new"
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["final"]
+
+
+def test_failing_writer_leaves_nothing(tmp_path):
+    with pytest.raises(RuntimeError), atomic_folder(tmp_path / "step-1") as writing:
+        (writing / "a.bin").write_bytes(b"half")
+        raise RuntimeError("stopped")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_is_seen_before_writing(tmp_path):
+    write(tmp_path / "step-1")
+    with (
+        pytest.raises(UserError, match=r"at least [\d,]+ bytes more.*step-1 stays usable"),
+        atomic_folder(tmp_path / "step-2", needed_bytes=1 << 60, keeps="step-1 stays usable."),
+    ):
+        pytest.fail("nothing may be written")
+    assert newest_whole(tmp_path)[0] == tmp_path / "step-1"
+
+
+def test_full_disk_while_writing(tmp_path):
+    with pytest.raises(UserError, match="needs at least 993 bytes more"), atomic_folder(tmp_path / "s", needed_bytes=1000) as w:
+        (w / "a.bin").write_bytes(b"1234567")
+        raise OSError(errno.ENOSPC, "No space left on device")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_full_disk_reported_by_safetensors(tmp_path):
+    with pytest.raises(UserError, match="The disk is full"), atomic_folder(tmp_path / "s"):
+        raise RuntimeError("I/O error: No space left on device (os error 28)")
+
+
+@pytest.mark.skipif(os.geteuid() != 0, reason="mounting a small file system needs root")
+def test_a_really_full_file_system(tmp_path):
+    """Not an injected error: a file system of 1 MiB, and a checkpoint that does not fit its second time."""
+    mount = tmp_path / "small"
+    mount.mkdir()
+    if subprocess.run(["mount", "-t", "tmpfs", "-o", "size=1m", "tmpfs", mount], capture_output=True).returncode:
+        pytest.skip("this machine does not let root mount a tmpfs")
+    try:
+        write(mount / "step-1", b"x" * 100_000)
+        with pytest.raises(UserError, match="The disk is full"):
+            write(mount / "step-2", b"x" * 300_000)
+        assert newest_whole(mount)[0] == mount / "step-1"
+        assert [p.name for p in mount.iterdir()] == ["step-1"]
+    finally:
+        subprocess.run(["umount", mount], check=True)
+
+
+def test_killed_while_writing_leaves_the_older_one(tmp_path):
+    """SIGKILL at several moments: whatever is visible afterwards is whole, and leftovers are removed."""
+    script = (
+        "import sys; from pathlib import Path; from lowprec.checkpoint import atomic_folder\n"
+        "parent = Path(sys.argv[1]); print('ready', flush=True)\n"
+        "for step in range(1, 1000):\n"
+        "    with atomic_folder(parent / f'step-{step}') as writing:\n"
+        "        for part in range(20): (writing / f'{part}.bin').write_bytes(b'x' * 50000)\n"
+    )
+    for delay in (0.02, 0.05, 0.11):
+        folder = tmp_path / str(delay)
+        folder.mkdir()
+        writer = subprocess.Popen([sys.executable, "-c", script, folder], stdout=subprocess.PIPE)
+        assert writer.stdout is not None
+        writer.stdout.readline()
+        while not checkpoints(folder):
+            time.sleep(0.001)
+        time.sleep(delay)
+        writer.send_signal(signal.SIGKILL)
+        writer.wait()
+        newest, complaints = newest_whole(folder)
+        assert newest is not None and complaints == []
+        remove_unfinished(folder)
+        assert all(p.name.startswith("step-") and damage(p) is None for p in folder.iterdir())

@@ -1,0 +1,86 @@
+import json
+import subprocess
+import sys
+
+import pytest
+
+from lowprec.checkpoint import atomic_folder
+from lowprec.errors import UserError
+from lowprec.run_folder import Status, open_run, read_metrics
+
+
+def checkpoint(path):
+    with atomic_folder(path) as writing:
+        (writing / "trainable.safetensors").write_bytes(b"1234")
+
+
+def test_a_new_folder_begins_at_the_beginning(tmp_path):
+    folder = open_run(str(tmp_path / "run"), None)
+    assert folder is not None and folder.resume_from is None
+
+
+def test_a_folder_with_content_is_refused_naming_both_keys(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(UserError, match=r"train\.output_dir=.*train\.resume_from_checkpoint=auto"):
+        open_run(str(tmp_path), None)
+
+
+def test_auto_with_nothing_to_resume_begins(tmp_path):
+    folder = open_run(str(tmp_path / "run"), "auto")
+    assert folder is not None and folder.resume_from is None
+
+
+def test_auto_takes_the_newest_whole_checkpoint(tmp_path):
+    for step in (5, 10):
+        checkpoint(tmp_path / "checkpoints" / f"step-{step}")
+    (tmp_path / "checkpoints" / "step-10" / "trainable.safetensors").write_bytes(b"12")
+    folder = open_run(str(tmp_path), "auto")
+    assert folder is not None and folder.resume_from == tmp_path / "checkpoints" / "step-5"
+    assert any("step-10" in message for message in folder.messages)
+
+
+def test_a_finished_run_is_verified(tmp_path):
+    checkpoint(tmp_path / "final")
+    (tmp_path / "report.json").write_text(json.dumps({"status": Status.FINISHED.value}))
+    assert open_run(str(tmp_path), "auto") is None
+    (tmp_path / "final" / "trainable.safetensors").write_bytes(b"bad!")
+    folder = open_run(str(tmp_path), "auto")
+    assert folder is not None and "marked as finished" in folder.messages[0]
+
+
+def test_a_damaged_checkpoint_named_by_hand_is_refused(tmp_path):
+    with pytest.raises(UserError, match=r"resume_from_checkpoint=.*step-7"):
+        open_run(str(tmp_path / "run"), str(tmp_path / "step-7"))
+
+
+def test_output_dir_that_is_a_file(tmp_path):
+    (tmp_path / "run").write_text("")
+    with pytest.raises(UserError, match="is a file"):
+        open_run(str(tmp_path / "run"), None)
+
+
+def test_a_second_run_is_refused_and_the_lock_dies_with_its_process(tmp_path):
+    hold = (
+        "import sys; from lowprec.run_folder import open_run\n"
+        "folder = open_run(sys.argv[1], 'auto'); print('held', flush=True); sys.stdin.read()"
+    )
+    holder = subprocess.Popen(
+        [sys.executable, "-c", hold, tmp_path], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True
+    )
+    assert holder.stdout is not None and holder.stdout.readline() == "held\n"
+    with pytest.raises(UserError, match=f"process {holder.pid}"):
+        open_run(str(tmp_path), "auto")
+    holder.kill()
+    holder.wait()
+    assert open_run(str(tmp_path), "auto") is not None
+
+
+def test_metrics_of_steps_to_be_taken_again_are_dropped(tmp_path):
+    folder = open_run(str(tmp_path), "auto")
+    assert folder is not None
+    for step in range(1, 6):
+        folder.append_metrics({"step": step, "loss": 1.0 / step})
+    with (tmp_path / "metrics.jsonl").open("a") as file:
+        file.write('{"step": 6, "lo')  # cut off by a kill
+    folder.forget_metrics_after(3)
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
