@@ -1,0 +1,18 @@
+"""Files -> chat template -> masked, packed batches."""
+
+from lowprec.data.loader import EvalBatch, StepBatch, StepLoader, eval_batches
+from lowprec.data.options import Data
+from lowprec.data.prepare import PreparedData, Prompt, prepare_data
+from lowprec.data.summary import DataSummary
+
+__all__ = [
+    "Data",
+    "DataSummary",
+    "EvalBatch",
+    "PreparedData",
+    "Prompt",
+    "StepBatch",
+    "StepLoader",
+    "eval_batches",
+    "prepare_data",
+]

@@ -1,0 +1,235 @@
+"""Batches: one :class:`StepBatch` an optimizer step, the same samples however the step is divided.
+
+An epoch is a permutation of the rows, drawn from ``seed + epoch``. An effective batch is the next
+``per_device_batch_size * gradient_accumulation_steps * world_size`` rows of it, longest first, dealt out micro-batch by
+micro-batch and process by process: the longest rows share a micro-batch, which saves padding, and show at once whether
+they fit into memory. The sizes of all rows are known, so every process knows the token counts of the whole step.
+"""
+
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowprec.data.ahead import ahead
+from lowprec.data.collate import Inputs, collate
+from lowprec.data.prepare import PreparedData
+from lowprec.data.samples import Rows
+from lowprec.errors import UserError
+
+
+@dataclass(kw_only=True, slots=True)
+class StepBatch:
+    """What one optimizer step takes."""
+
+    micro_batches: list[Inputs]
+    """This process's part: ``model(**inputs)`` of each, see :func:`lowprec.data.collate.collate` for the tensors. All
+    processes have equally many; one that has no row left gets a row of padding."""
+    num_trained_tokens: int
+    """Tokens that give loss, in this process's part."""
+    num_trained_tokens_global: int
+    """Tokens that give loss, in the whole effective batch: what the loss is divided by."""
+    num_tokens: int
+    """Tokens without padding, in this process's part."""
+    num_tokens_global: int
+    num_padding: int
+    """Padding tokens in this process's part."""
+    epoch: float
+    """Epochs after this step."""
+    state: dict[str, Any] = field(default_factory=dict)
+    """The loader's position after this step."""
+
+
+@dataclass(kw_only=True, slots=True)
+class EvalBatch:
+    """One batch of this process; the counts are of this process's part."""
+
+    inputs: Inputs
+    num_trained_tokens: int
+    num_tokens: int
+    num_padding: int
+
+
+def divide(chosen: np.ndarray, lengths: np.ndarray, batch_size: int, world_size: int) -> list[list[np.ndarray]]:
+    """Deal the rows of an effective batch out: ``[micro-batch][process]`` of row numbers, longest rows first.
+
+    Args:
+        chosen: int ``[rows]``, the rows of the step.
+        lengths: int ``[rows]``, tokens of each.
+        batch_size: Rows of a micro-batch on one process.
+        world_size: Processes.
+    """
+    chosen = chosen[np.argsort(-lengths, kind="stable")]
+    per_micro_batch = batch_size * world_size
+    return [
+        np.array_split(chosen[start : start + per_micro_batch], world_size)
+        for start in range(0, len(chosen), per_micro_batch)
+    ]
+
+
+class StepLoader:
+    """Yields a :class:`StepBatch` an optimizer step, for ever: epochs follow each other, each in its own order.
+
+    The last rows of an epoch that do not fill an effective batch are trained as a smaller one.
+
+    Args:
+        prepared: Of :func:`lowprec.data.prepare.prepare_data`.
+        per_device_batch_size: Rows of a micro-batch on one process.
+        gradient_accumulation_steps: Micro-batches of a full step.
+        rank: This process, from 0.
+        world_size: Number of processes.
+        seed: Of the permutations.
+        pad_token_id: For padding; it is never trained nor seen.
+        device: Where the tensors go; a copy to CUDA comes from pinned memory and does not wait.
+    """
+
+    def __init__(
+        self,
+        prepared: PreparedData,
+        *,
+        per_device_batch_size: int,
+        gradient_accumulation_steps: int,
+        rank: int,
+        world_size: int,
+        seed: int,
+        pad_token_id: int,
+        device: torch.device | str | None = None,
+    ) -> None:
+        self.rows = prepared.train
+        self.batch_size = per_device_batch_size
+        self.effective_batch_size = per_device_batch_size * gradient_accumulation_steps * world_size
+        self.rank, self.world_size = rank, world_size
+        self.seed = seed
+        self.pad_token_id = pad_token_id
+        self.device = torch.device(device) if device is not None else None
+        self._state: dict[str, Any] = {"epoch": 0, "position": 0, "seed": seed, "rows": len(self.rows)}
+
+    @property
+    def steps_per_epoch(self) -> int:
+        return -(-len(self.rows) // self.effective_batch_size)
+
+    def num_steps(self, num_epochs: float) -> int:
+        """Optimizer steps in so many epochs, at least one."""
+        whole, part = divmod(num_epochs, 1)
+        return max(1, int(whole) * self.steps_per_epoch + round(part * self.steps_per_epoch))
+
+    @property
+    def padding_share(self) -> float:
+        """Share of padding among all tokens of the first epoch, over all processes, at this batch size."""
+        padding = tokens = 0
+        order = self._order(0)
+        for start in range(0, len(order), self.effective_batch_size):
+            chosen = order[start : start + self.effective_batch_size]
+            for micro_batch in divide(chosen, self.rows.num_tokens[chosen], self.batch_size, self.world_size):
+                for part in micro_batch:
+                    lengths = self.rows.num_tokens[part]
+                    tokens += int(lengths.sum())
+                    padding += _padding(lengths)
+        return padding / (padding + tokens)
+
+    def state_dict(self) -> dict[str, Any]:
+        """The position after the last step that was yielded, in rows: it holds for any division into processes."""
+        return dict(self._state)
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        """Go on from a position; takes effect with the next ``iter``.
+
+        Raises:
+            UserError: the position is one in other data, or in another order.
+        """
+        for name, what in (("rows", "the number of training rows"), ("seed", "train.seed")):
+            if state[name] != self._state[name]:
+                raise UserError(
+                    f"the checkpoint was written with other training data: {what} was {state[name]} and is "
+                    f"{self._state[name]}. Resume with the same data and train.seed, or start in another "
+                    "train.output_dir."
+                )
+        self._state = dict(state)
+
+    def __iter__(self) -> Iterator[StepBatch]:
+        pin = self.device is not None and self.device.type == "cuda"
+        for batch in ahead(self._batches(self._state["epoch"], self._state["position"], pin)):
+            if self.device is not None:
+                batch.micro_batches = [_to(inputs, self.device) for inputs in batch.micro_batches]
+            self._state = dict(batch.state)
+            yield batch
+
+    def _order(self, epoch: int) -> np.ndarray:
+        return np.random.default_rng(self.seed + epoch).permutation(len(self.rows))
+
+    def _batches(self, epoch: int, position: int, pin: bool) -> Iterator[StepBatch]:
+        while True:
+            order = self._order(epoch)
+            while position < len(order):
+                chosen = order[position : position + self.effective_batch_size]
+                position += len(chosen)
+                state = {**self._state, "epoch": epoch, "position": position}
+                yield self._batch(chosen, state, epoch + position / len(order), pin)
+            epoch, position = epoch + 1, 0
+
+    def _batch(self, chosen: np.ndarray, state: dict[str, Any], epoch: float, pin: bool) -> StepBatch:
+        rows = self.rows
+        parts = [m[self.rank] for m in divide(chosen, rows.num_tokens[chosen], self.batch_size, self.world_size)]
+        micro_batches = [self._collated(part, pin) for part in parts]
+        mine = np.concatenate(parts)
+        num_tokens = int(rows.num_tokens[mine].sum())
+        return StepBatch(
+            micro_batches=micro_batches,
+            num_trained_tokens=int(rows.num_trained[mine].sum()),
+            num_trained_tokens_global=int(rows.num_trained[chosen].sum()),
+            num_tokens=num_tokens,
+            num_tokens_global=int(rows.num_tokens[chosen].sum()),
+            num_padding=sum(inputs["input_ids"].numel() for inputs in micro_batches) - num_tokens,
+            epoch=epoch,
+            state=state,
+        )
+
+    def _collated(self, part: np.ndarray, pin: bool) -> Inputs:
+        inputs = collate([self.rows[int(i)] for i in part], self.pad_token_id, packed=self.rows.packed)
+        return {name: tensor.pin_memory() for name, tensor in inputs.items()} if pin else inputs
+
+
+def eval_batches(
+    evaluation: Rows,
+    *,
+    batch_size: int,
+    rank: int,
+    world_size: int,
+    pad_token_id: int,
+    max_samples: int | None = None,
+) -> Iterator[EvalBatch]:
+    """Every held-out row once, over all processes; each process yields equally many batches.
+
+    Args:
+        evaluation: ``PreparedData.evaluation``.
+        batch_size: Rows of a batch on one process.
+        rank: This process, from 0.
+        world_size: Number of processes.
+        pad_token_id: For padding.
+        max_samples: Take only the first so many rows.
+    """
+    chosen = np.arange(len(evaluation))[:max_samples]
+
+    def batches() -> Iterator[EvalBatch]:
+        for micro_batch in divide(chosen, evaluation.num_tokens[chosen], batch_size, world_size):
+            part = micro_batch[rank]
+            inputs = collate([evaluation[int(i)] for i in part], pad_token_id, packed=evaluation.packed)
+            num_tokens = int(evaluation.num_tokens[part].sum())
+            yield EvalBatch(
+                inputs=inputs,
+                num_trained_tokens=int(evaluation.num_trained[part].sum()),
+                num_tokens=num_tokens,
+                num_padding=inputs["input_ids"].numel() - num_tokens,
+            )
+
+    return ahead(batches())
+
+
+def _padding(lengths: np.ndarray) -> int:
+    return int(lengths.max() * len(lengths) - lengths.sum()) if len(lengths) else 0
+
+
+def _to(inputs: Inputs, device: torch.device) -> Inputs:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in inputs.items()}
