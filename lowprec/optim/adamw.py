@@ -1,0 +1,255 @@
+"""AdamW whose states live on the GPU, in host memory or on an SSD, with the same numbers in every place."""
+
+import zlib
+from collections.abc import Callable, Iterable, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowprec.errors import UserError
+from lowprec.optim import states_io
+from lowprec.optim.arguments import check_hyper, check_modes, check_param, number
+from lowprec.optim.format import StateFormat
+from lowprec.optim.layout import Chunk, gather, scatter
+from lowprec.optim.steps import Round, StepCounts
+from lowprec.optim.stores import open_store
+from lowprec.optim.update import Slice, update
+
+
+class AdamW(torch.optim.Optimizer):
+    """AdamW (Loshchilov & Hutter, arXiv 1711.05101) with the arguments of ``torch.optim.AdamW``, over a state store.
+
+    Args:
+        params: parameters, ``model.named_parameters()``, or groups of either. Names key the states in checkpoints; an
+            unnamed parameter is called by its place, ``param_0``. Parameters that require no gradient now are left out.
+        lr, betas, eps, weight_decay, amsgrad, maximize: as in ``torch.optim.AdamW``.
+        foreach, capturable, differentiable, fused: the update is always a fused one that keeps no graph, hence
+            ``foreach=True``, ``fused=False`` and ``differentiable=True`` are refused; ``capturable`` needs the gpu store.
+        state_store: ``"gpu"`` (beside the weights, on whatever device they are), ``"cpu"`` (host memory) or ``"ssd"``.
+        path: folder of the ssd store, or several, on different disks, to stripe over. One run at a time may use it.
+        state_dtype: of the moments: ``"fp32"``, ``"bf16"`` or ``"int8"`` (8-bit codes, a scale for 256 elements).
+        master: of bf16 weights: ``"split"`` keeps the missing 16 bits of an fp32 master (2 bytes), ``"fp32"`` a whole
+            master (4 bytes), ``"none"`` rounds the weight stochastically. fp32 weights are their own master.
+        seed: of all stochastic rounding; the same seed repeats a run bit for bit.
+        update_on: ``"weights"`` updates on the device of the weights; ``"cpu"`` brings gradients and weights to the host.
+        store_options: further settings of the store, see ``lowprec.optim.stores.open_store``.
+
+    ``found_inf`` (fp32, one element, on the weights' device, or None): where it is not zero, ``step`` leaves weights,
+    states and step counts as they are, without asking the host.
+    """
+
+    def __init__(
+        self,
+        params: Iterable[Any],
+        lr: float | Tensor = 1e-3,
+        betas: tuple[float, float] = (0.9, 0.999),
+        eps: float = 1e-8,
+        weight_decay: float = 1e-2,
+        amsgrad: bool = False,
+        *,
+        maximize: bool = False,
+        foreach: bool | None = None,
+        capturable: bool = False,
+        differentiable: bool = False,
+        fused: bool | None = None,
+        state_store: str = "gpu",
+        path: str | Path | Sequence[str | Path] | None = None,
+        state_dtype: str = "fp32",
+        master: str = "split",
+        seed: int = 0,
+        update_on: str = "weights",
+        **store_options: Any,
+    ):
+        check_modes(state_store, foreach, capturable, differentiable, fused)
+        if update_on not in ("weights", "cpu"):
+            raise UserError(f"update_on={update_on!r} is unknown: choose weights or cpu.")
+        self._built = False
+        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
+        defaults |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
+        super().__init__(params, defaults | dict(differentiable=differentiable, fused=fused))
+        self.found_inf: Tensor | None = None
+        self.names, self._params, self._group_of = number(self.param_groups)
+        self._formats: dict[int, StateFormat] = {}
+        for i, param in enumerate(self._params):
+            if param.requires_grad and param.numel():
+                check_param(self.names[i], param)
+                amsgrad = self.param_groups[self._group_of[i]]["amsgrad"]
+                self._formats[i] = StateFormat.of(self.names[i], param, state_dtype, master, amsgrad)
+        self._left_out = [i for i, p in enumerate(self._params) if i not in self._formats and p.numel()]
+        self._keys = [zlib.crc32(f"{seed}/{name}".encode()) for name in self.names]
+        cpu = torch.device("cpu")
+        self._update_devices = {i: cpu if update_on == "cpu" else self._params[i].device for i in self._formats}
+        self._store = open_store(
+            state_store, path, self.names, self._params, self._formats, self._update_devices, **store_options
+        )
+        self._chunks_of: dict[int, list[Chunk]] = {i: [] for i in self._formats}
+        for chunk in self._store.chunks:
+            for parameter in dict.fromkeys(piece.parameter for piece in chunk.pieces):
+                self._chunks_of[parameter].append(chunk)
+        self._order = list(self._store.chunks)
+        self._counts = StepCounts(self._update_devices)
+        self._round: Round | None = None
+        self._has_states = False
+        self._built = True
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """Add a group; only before the optimizer is built, because the places of all states are laid out once."""
+        if self._built:
+            raise UserError(
+                "lowprec.AdamW lays out its states when it is built and takes no parameter group afterwards: give it all "
+                "groups at once, with lr=0 for those that are to rest."
+            )
+        super().add_param_group(param_group)
+        check_hyper(self.param_groups[-1])
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+        """Update every parameter that has a gradient; returns what ``closure`` returns, if given."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        for i in self._left_out:
+            if self._params[i].grad is not None:
+                raise UserError(
+                    f"Parameter {self.names[i]} has a gradient but required none when the optimizer was built, so it has "
+                    "no states: unfreeze it before building the optimizer."
+                )
+        current = self._begin()
+        self._update([chunk for chunk in self._order if chunk.index not in current.finished])
+        self._counts.advance(current.updated, self.found_inf)
+        self._round = None
+        if not self._has_states:
+            self._show_states()
+        return loss
+
+    def _begin(self) -> Round:
+        if self._round is None:
+            self._round = Round(self._counts.next(), self.param_groups)
+        return self._round
+
+    def _update(self, chunks: Sequence[Chunk]) -> None:
+        """Update the pieces of ``chunks`` whose parameters have gradients."""
+        live = [c for c in chunks if any(self._params[piece.parameter].grad is not None for piece in c.pieces)]
+        for batch in [live] if self._store.resident else [[chunk] for chunk in live]:
+            buffers = [self._store.read(chunk) for chunk in batch]
+            slices = [s for chunk, buffer in zip(batch, buffers, strict=True) for s in self._slices(chunk, buffer)]
+            update(slices, self.found_inf)
+            for chunk, buffer in zip(batch, buffers, strict=True):
+                self._store.write(chunk, buffer)
+        self._begin().finished.update(chunk.index for chunk in live)
+
+    def _slices(self, chunk: Chunk, buffer: Tensor) -> Iterable[Slice]:
+        current = self._begin()
+        for piece, states in zip(chunk.pieces, chunk.views(buffer), strict=True):
+            i = piece.parameter
+            param, grad = self._params[i], self._params[i].grad
+            if grad is None:
+                continue
+            if grad.layout != torch.strided:
+                raise UserError(f"Parameter {self.names[i]} has a sparse gradient: build its embedding with sparse=False.")
+            current.updated.add(i)
+            yield Slice(
+                param=param.detach().view(-1)[piece.start : piece.stop],
+                grad=grad.contiguous().view(-1)[piece.start : piece.stop],
+                states=states,
+                steps=current.steps(self._group_of[i], self._update_devices[i]),
+                index=i,
+                start=piece.start,
+                key=self._keys[i],
+            )
+
+    def _show_states(self) -> None:
+        """Fill torch's ``self.state``: with the states where they are in memory, with the step count alone elsewhere."""
+        self._has_states = True
+        for i in self._formats:
+            self.state[self._params[i]] = {"step": self._counts.of(i)}
+            if self._store.resident:
+                self.state[self._params[i]] |= self.states_of(i)
+
+    def states_of(self, parameter: int) -> dict[str, Tensor]:
+        """The fields of one parameter (numbered across the groups), elementwise ones in its shape."""
+        fields = gather(self._chunks_of[parameter], self._store.peek, parameter)
+        blocks = {field.name: field.block for field in self._formats[parameter].fields}
+        shape = self._params[parameter].shape
+        return {name: array.view(shape) if blocks[name] == 1 else array for name, array in fields.items()}
+
+    def flush(self) -> None:
+        """Wait until all states are durable in their store."""
+        self._store.flush()
+
+    def close(self) -> None:
+        """Give back the store: its memory, files and path. States that no checkpoint holds are gone."""
+        self.state.clear()
+        self._store.close()
+
+    def state_dict(self) -> dict[str, Any]:
+        """As torch's. States on a disk are brought to memory for it; ``save_states`` does without that."""
+        packed = super().state_dict()
+        if self._has_states:
+            packed["state"] = {i: {"step": self._counts.of(i).clone()} | self.states_of(i) for i in self._formats}
+        return packed
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Take a ``state_dict`` over bit for bit, of whatever ``state_store``, with the same ``state_dtype`` and ``master``.
+
+        torch's own would cast the states to the dtype of the weights.
+        """
+        super().load_state_dict(state_dict | {"state": {}})
+        if state_dict["state"]:
+            states = state_dict["state"]
+            self._load({i: float(states[i]["step"]) for i in self._formats if i in states}, lambda i: states.get(i, {}))
+
+    def _load(self, steps: dict[int, float], fields_of: Callable[[int], dict[str, Tensor]]) -> None:
+        for i, format in self._formats.items():
+            states_io.check_fields(self.names[i], self._params[i].numel(), format, fields_of(i))
+        for chunk in self._store.chunks:
+            buffer = self._store.read(chunk)
+            scatter(chunk, buffer, fields_of)
+            self._store.write(chunk, buffer)
+        self._counts.set(steps)
+        self._show_states()
+
+    @torch.no_grad()
+    def save_states(self, folder: str | Path) -> None:
+        """Write settings and states into ``folder``, durably; ``optimizer.json`` comes last and makes it complete."""
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        header = states_io.Header(
+            groups=[states_io.settings(group) for group in self.param_groups],
+            parameters={
+                self.names[i]: {
+                    "numel": self._params[i].numel(),
+                    "step": float(self._counts.of(i)),
+                    "format": format.as_json(),
+                }
+                for i, format in self._formats.items()
+            },
+        )
+        if self._has_states:
+            header.store = self._store.snapshot(folder)
+            if header.store is None:
+                states = ((self.names[i], self.states_of(i)) for i in self._formats)
+                header.shards = states_io.write_shards(folder, states)
+        states_io.write_header(folder, header)
+
+    @torch.no_grad()
+    def load_states(self, folder: str | Path) -> None:
+        """Continue from a folder that ``save_states`` of any store filled; the folder is only read."""
+        folder = Path(folder)
+        header = states_io.read_header(folder)
+        numels = {self.names[i]: self._params[i].numel() for i in self._formats}
+        formats = {self.names[i]: format for i, format in self._formats.items()}
+        states_io.check_parameters(folder, header, numels, formats)
+        states_io.apply_settings(self.param_groups, header.groups, folder)
+        steps = {i: header.parameters[self.names[i]]["step"] for i in self._formats}
+        if header.shards:
+            shards = states_io.Shards(folder, header.shards)
+            self._load(steps, lambda i: shards.fields_of(self.names[i]))
+        elif header.store is not None:
+            self._store.restore(folder, header.store)
+            self._counts.set(steps)
+            self._show_states()

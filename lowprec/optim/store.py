@@ -1,0 +1,55 @@
+"""The protocol of a state store: who keeps the bytes of the chunks (layout.py), and when they may be touched."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from lowprec.optim.layout import Chunk
+
+
+class StateStore(Protocol):
+    """Keeps the chunks of one optimizer. Every ``read`` is followed by a ``write`` of the same chunk before its next one.
+
+    ``resident``: the buffers of ``read`` stay valid together, so that all chunks may be updated at once.
+    """
+
+    chunks: list[Chunk]
+    resident: bool
+
+    def prefetch(self, order: Sequence[Chunk]) -> None:
+        """Announce the chunks that will be read next, in that order; a store that reads ahead begins now."""
+        ...
+
+    def read(self, chunk: Chunk) -> Tensor:
+        """The chunk's bytes, uint8 [>= chunk.nbytes], to be updated on the current stream of the weights' device."""
+        ...
+
+    def write(self, chunk: Chunk, buffer: Tensor, after: "torch.cuda.Event | None" = None) -> None:
+        """Take the updated ``buffer`` of ``read`` back; its bytes are complete once ``after`` has happened."""
+        ...
+
+    def peek(self, chunk: Chunk) -> Tensor:
+        """The chunk's bytes on any device, to look at until the next call; needs no ``write``."""
+        ...
+
+    def flush(self) -> None:
+        """Wait until everything written is where it stays."""
+        ...
+
+    def close(self) -> None:
+        """Give back memory, files and locks."""
+        ...
+
+    def snapshot(self, folder: Path) -> dict | None:
+        """Put a durable version of all chunks into ``folder`` and return what ``restore`` needs (JSON-able).
+
+        None from a store that keeps no files: its states are then written by parameter name.
+        """
+        ...
+
+    def restore(self, folder: Path, manifest: dict) -> None:
+        """Continue from a folder that ``snapshot`` filled, of the same chunks; the folder is only read."""
+        ...
