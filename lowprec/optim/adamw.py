@@ -149,7 +149,9 @@ class AdamW(torch.optim.Optimizer):
             if grad is None:
                 continue
             if grad.layout != torch.strided:
-                raise UserError(f"Parameter {self.names[i]} has a sparse gradient: build its embedding with sparse=False.")
+                raise UserError(
+                    f"Parameter {self.names[i]} has a sparse gradient: build its embedding with sparse=False."
+                )
             current.updated.add(i)
             yield Slice(
                 param=param.detach().view(-1)[piece.start : piece.stop],

@@ -30,7 +30,9 @@ def check_modes(
     if foreach:
         raise UserError("foreach=True cannot be honoured: lowprec.AdamW updates by a fused kernel. Leave foreach out.")
     if fused is False:
-        raise UserError("fused=False cannot be honoured: lowprec.AdamW always updates by a fused kernel. Leave fused out.")
+        raise UserError(
+            "fused=False cannot be honoured: lowprec.AdamW always updates by a fused kernel. Leave fused out."
+        )
     if differentiable:
         raise UserError(
             "differentiable=True cannot be honoured: the fused update keeps no graph. Use torch.optim.AdamW for it."

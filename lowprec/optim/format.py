@@ -37,7 +37,9 @@ class StateFormat:
     def of(cls, name: str, param: Tensor, state_dtype: str, master: str, amsgrad: bool) -> "StateFormat":
         """The format of one parameter. Raises UserError where the parameter cannot have it."""
         if state_dtype not in STATE_DTYPES:
-            raise UserError(f"optimizer.state_dtype={state_dtype!r} is unknown: choose one of {', '.join(STATE_DTYPES)}.")
+            raise UserError(
+                f"optimizer.state_dtype={state_dtype!r} is unknown: choose one of {', '.join(STATE_DTYPES)}."
+            )
         if master not in MASTERS:
             raise UserError(f"optimizer.master={master!r} is unknown: choose one of {', '.join(MASTERS)}.")
         if param.dtype == torch.float32:

@@ -54,15 +54,19 @@ def apply_settings(groups: list[dict[str, Any]], saved: list[dict[str, Any]], fo
                 group[key] = tuple(value) if isinstance(value, list) else value
 
 
-def write_header(folder: Path, header: Header) -> None:
-    """Write ``optimizer.json`` under another name, make it durable, and only then call it by its own."""
-    temporary = folder / f".{HEADER_FILE}.tmp"
+def write_json(path: Path, values: dict[str, Any]) -> None:
+    """Write a file under another name, make it durable, and only then call it by its own."""
+    temporary = path.with_name(f".{path.name}.tmp")
     with temporary.open("w") as file:
-        json.dump(asdict(header), file)
+        json.dump(values, file)
         file.flush()
         os.fsync(file.fileno())
-    temporary.replace(folder / HEADER_FILE)
-    sync_folder(folder)
+    temporary.replace(path)
+    sync_folder(path.parent)
+
+
+def write_header(folder: Path, header: Header) -> None:
+    write_json(folder / HEADER_FILE, asdict(header))
 
 
 def read_header(folder: Path) -> Header:
@@ -118,7 +122,9 @@ class Shards:
         self._open = {}
         for file in sorted(set(files.values())):
             if not (folder / file).exists():
-                raise UserError(f"{folder / file} is missing, which {HEADER_FILE} names: resume from another checkpoint.")
+                raise UserError(
+                    f"{folder / file} is missing, which {HEADER_FILE} names: resume from another checkpoint."
+                )
             self._open[file] = safe_open(folder / file, framework="pt")
 
     def __iter__(self) -> Iterator[str]:
@@ -130,7 +136,10 @@ class Shards:
 
 def check_parameters(folder: Path, header: Header, numels: dict[str, int], formats: dict[str, StateFormat]) -> None:
     """The saved parameters must be the optimizer's: the same names, sizes and formats."""
-    missing, surplus = sorted(numels.keys() - header.parameters.keys()), sorted(header.parameters.keys() - numels.keys())
+    missing, surplus = (
+        sorted(numels.keys() - header.parameters.keys()),
+        sorted(header.parameters.keys() - numels.keys()),
+    )
     if missing or surplus:
         raise UserError(
             f"The optimizer states in {folder} belong to other parameters: "
@@ -144,7 +153,9 @@ def check_parameters(folder: Path, header: Header, numels: dict[str, int], forma
     for name, numel in numels.items():
         saved = header.parameters[name]
         if saved["numel"] != numel:
-            raise UserError(f"{folder}: parameter {name} was saved with {saved['numel']} elements, but has {numel} now.")
+            raise UserError(
+                f"{folder}: parameter {name} was saved with {saved['numel']} elements, but has {numel} now."
+            )
         if header.format_of(name) != formats[name]:
             raise UserError(
                 f"{folder}: the states of {name} were saved as {header.format_of(name)}, but this run keeps {formats[name]}: "

@@ -31,13 +31,17 @@ def open_store(
     if state_store not in STATE_STORES:
         raise UserError(f"state_store={state_store!r} is unknown: choose one of {', '.join(STATE_STORES)}.")
     if path is not None and state_store != "ssd":
-        raise UserError(f"state_store={state_store} keeps no files: remove state_store.path, or choose state_store=ssd.")
+        raise UserError(
+            f"state_store={state_store} keeps no files: remove state_store.path, or choose state_store=ssd."
+        )
     numels = {i: params[i].numel() for i in formats}
     if state_store == "gpu":
         return MemoryStore(make_layout(numels, formats, None), params)
     if len(set(devices.values())) > 1:
         places = ", ".join(sorted(map(str, set(devices.values()))))
-        raise UserError(f"state_store={state_store} streams to one device, but the weights are on {places}: choose gpu.")
+        raise UserError(
+            f"state_store={state_store} streams to one device, but the weights are on {places}: choose gpu."
+        )
     if state_store == "cpu":
         return MemoryStore(make_layout(numels, formats, CHUNK_BYTES), params, torch.device("cpu"))
     raise UserError("soon")
