@@ -15,6 +15,8 @@ import torch
 from torch import nn
 
 from lowprec.errors import UserError
+from lowprec.model import Model
+from lowprec.model_source import resolve_source
 from lowprec.option import option
 
 if TYPE_CHECKING:
@@ -33,6 +35,10 @@ class NoAdapter:
 
     def attach(self, model: "PreTrainedModel") -> "PreTrainedModel":
         return model
+
+    def save(self, model: "PreTrainedModel", folder: Path, options: Model) -> None:
+        """Write the whole model as plain transformers reads it."""
+        model.save_pretrained(folder)
 
 
 @option("adapter", "lora")
@@ -111,15 +117,17 @@ class Lora:
         _train_in_fp32(peft_model, dtype)
         return peft_model
 
+    def save(self, model: "PeftModel", folder: Path, options: Model) -> None:
+        """Write ``adapter_model.safetensors`` in fp32, as trained, and ``adapter_config.json``, which names the base.
 
-def save_adapter(model: "PeftModel", folder: str | Path, base_name: str) -> None:
-    """Write ``adapter_model.safetensors`` and ``adapter_config.json``, which names ``base_name`` as its base.
-
-    Plain PEFT loads it: ``PeftModel.from_pretrained(base, folder)``. Values are fp32, as trained.
-    """
-    config = model.peft_config["default"]
-    config.base_model_name_or_path = base_name
-    model.save_pretrained(str(folder), save_embedding_layers=False)
+        Plain PEFT loads it: ``PeftModel.from_pretrained(base, folder)``.
+        """
+        source = resolve_source(options.model_name_or_path)
+        config = model.peft_config["default"]
+        # A relative path would be right in this working folder alone.
+        config.base_model_name_or_path = str(source.path) if source.is_path else source.name
+        config.revision = options.revision
+        model.save_pretrained(str(folder), save_embedding_layers=False)
 
 
 def _train_in_fp32(model: "PeftModel", dtype: torch.dtype) -> None:

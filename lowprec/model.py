@@ -1,5 +1,6 @@
 """From the recipe's group ``model`` to a transformers model and its tokenizer."""
 
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -17,7 +18,7 @@ from lowprec.model_source import KEY, ModelSource, refuse_pickled, resolve_sourc
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
-DTYPES = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
+COMPUTE_DTYPE = {"bf16": torch.bfloat16, "fp16": torch.float16, "fp32": torch.float32}
 PAD_TOKENS = ("<|finetune_right_pad_id|>", "<|pad|>", "<pad>", "[PAD]", "<|endoftext|>")
 
 
@@ -37,12 +38,12 @@ class Model:
     """``sdpa``, ``eager``, ``flash_attention_2`` ... None lets transformers choose."""
 
     def __post_init__(self) -> None:
-        if self.dtype not in DTYPES:
-            raise UserError(f"model.dtype={self.dtype} is not one of {', '.join(DTYPES)}.")
+        if self.dtype not in COMPUTE_DTYPE:
+            raise UserError(f"model.dtype={self.dtype} is not one of {', '.join(COMPUTE_DTYPE)}.")
 
     @property
     def torch_dtype(self) -> torch.dtype:
-        return DTYPES[self.dtype]
+        return COMPUTE_DTYPE[self.dtype]
 
 
 def load_model(options: Model, *, device: str | torch.device = "cpu") -> "PreTrainedModel":
@@ -79,6 +80,9 @@ def load_model(options: Model, *, device: str | torch.device = "cpu") -> "PreTra
     _check_complete(source, loading)
     if source.kind == "gguf":
         _make_plain(model, options.torch_dtype)
+    for module in model.modules():
+        if hasattr(module, "support_avx512bf16_for_cpu"):  # see NF4Linear: repacked weights would pass no gradient
+            module.support_avx512bf16_for_cpu = False
     # Adapters and saved configs name their base by this; transformers would leave a GGUF file's folder here.
     model.name_or_path = model.config.name_or_path = source.name
     return model
@@ -184,7 +188,9 @@ def _explained(source: ModelSource) -> Iterator[None]:
         yield
     except SafetensorError as error:
         raise UserError(f"{name}: a safetensors file is damaged or cut off ({error}). Copy the files again.") from error
-    except (OSError, ValueError, RuntimeError, KeyError, ImportError) as error:
+    except torch.OutOfMemoryError:
+        raise
+    except (OSError, ValueError, RuntimeError, LookupError, TypeError, ImportError, struct.error) as error:
         causes = _chain(error)
         text = " ".join(str(error).split())
         if any(isinstance(c, hub.GatedRepoError) for c in causes):

@@ -22,6 +22,11 @@ class ModelSource:
     name: str
     path: Path | None = None
 
+    @property
+    def is_path(self) -> bool:
+        """Whether ``name`` is a path, which may be relative."""
+        return self.path is not None and not self.name.startswith(PACKAGE_SCHEME)
+
     def arguments(self) -> tuple[str, dict[str, str]]:
         """What transformers' ``from_pretrained`` takes to read this model: its name and keywords."""
         if self.kind == "gguf":

@@ -3,6 +3,7 @@
 import math
 from pathlib import Path
 
+import gguf
 import torch
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel, PreTrainedTokenizerFast
@@ -82,6 +83,49 @@ def save_tiny(folder: str | Path, arch: str, **kwargs) -> Path:
     tiny_model(arch, **kwargs).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
     return folder
+
+
+def save_tiny_gguf(path: str | Path, **kwargs) -> Path:
+    """Write ``tiny_model("llama", tie_word_embeddings=True, **kwargs)`` and its tokenizer as a GGUF file.
+
+    Matrices are stored as Q8_0, so they come back with about 45 dB; the tokenizer has one token more (``ab``).
+    """
+    model, tokenizer = tiny_model("llama", tie_word_embeddings=True, **kwargs), tiny_tokenizer()
+    config = model.config
+    writer = gguf.GGUFWriter(str(path), "llama")
+    writer.add_context_length(config.max_position_embeddings)
+    writer.add_embedding_length(config.hidden_size)
+    writer.add_block_count(config.num_hidden_layers)
+    writer.add_feed_forward_length(config.intermediate_size)
+    writer.add_head_count(config.num_attention_heads)
+    writer.add_head_count_kv(config.num_key_value_heads)
+    writer.add_layer_norm_rms_eps(config.rms_norm_eps)
+    writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
+    writer.add_vocab_size(config.vocab_size)
+    tokens = [*tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), "ab"]
+    writer.add_tokenizer_model("gpt2")
+    writer.add_token_list(tokens + [f"<|unused{i}|>" for i in range(config.vocab_size - len(tokens))])
+    types = [gguf.TokenType.CONTROL if token in SPECIAL_TOKENS else gguf.TokenType.NORMAL for token in tokens]
+    writer.add_token_types(types + [gguf.TokenType.UNUSED] * (config.vocab_size - len(tokens)))
+    writer.add_token_merges(["a b"])  # readers want at least one
+    writer.add_eos_token_id(tokenizer.eos_token_id)
+    writer.add_pad_token_id(tokenizer.pad_token_id)
+    writer.add_chat_template(CHATML)
+    names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
+    for name, tensor in model.named_parameters():
+        heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
+        for kind, count in heads.items():
+            if kind in name:  # GGUF interleaves the two halves that a rotary embedding turns
+                tensor = tensor.view(count, 2, -1, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
+        data = tensor.detach().float().numpy()
+        kind = gguf.GGMLQuantizationType.Q8_0 if data.ndim == 2 else gguf.GGMLQuantizationType.F32
+        gguf_name = names.get_name(name, try_suffixes=(".weight",))
+        writer.add_tensor(gguf_name, gguf.quants.quantize(data, kind), raw_dtype=kind)
+    writer.write_header_to_file()
+    writer.write_kv_data_to_file()
+    writer.write_tensors_to_file()
+    writer.close()
+    return Path(path)
 
 
 def sqnr_db(reference: torch.Tensor, value: torch.Tensor) -> float:

@@ -6,10 +6,12 @@ import pytest
 import torch
 from peft import PeftModel
 from torch import nn
+from transformers import AutoModelForCausalLM
 
-from lowprec.adapter import Lora, NoAdapter, save_adapter
+from lowprec.adapter import Lora, NoAdapter
 from lowprec.errors import UserError
 from lowprec.layers.nf4 import NF4
+from lowprec.model import Model
 from lowprec.testing import ARCHITECTURES, save_tiny, sqnr_db, tiny_model
 
 IDS = torch.arange(48).reshape(2, 24)
@@ -157,20 +159,24 @@ def test_rank_and_alpha_patterns_and_rslora():
     assert layer.k_proj.lora_A["default"].weight.shape == (4, 64) and layer.k_proj.scaling["default"] == 4
 
 
-def test_no_adapter_is_the_model_itself():
+def test_no_adapter_is_the_model_itself(tmp_path):
     model = tiny_model("opt")
     assert NoAdapter().attach(model) is model
+    NoAdapter().save(model, tmp_path, Model(model_name_or_path="x"))
+    assert torch.equal(AutoModelForCausalLM.from_pretrained(tmp_path)(IDS).logits, model(IDS).logits)
 
 
 @pytest.mark.parametrize("arch", ["llama", "gpt2"])
-def test_a_saved_adapter_loads_in_plain_peft(tmp_path, arch):
+def test_a_saved_adapter_loads_in_plain_peft(tmp_path, monkeypatch, arch):
     base = save_tiny(tmp_path / "base", arch)
+    monkeypatch.chdir(tmp_path)
     head = ["lm_head"] if arch == "llama" else None
-    peft = perturb(Lora(modules_to_save=head, use_dora=True).attach(tiny_model(arch)))
-    save_adapter(peft, tmp_path / "adapter", str(base))
+    options = Lora(modules_to_save=head, use_dora=True)
+    peft = perturb(options.attach(tiny_model(arch)))
+    options.save(peft, tmp_path / "adapter", Model(model_name_or_path="base", revision="main"))
     files = {p.name for p in (tmp_path / "adapter").iterdir()}
     assert {"adapter_model.safetensors", "adapter_config.json"} <= files and not any(f.endswith(".bin") for f in files)
     config = json.loads((tmp_path / "adapter" / "adapter_config.json").read_text())
-    assert config["base_model_name_or_path"] == str(base) and config["peft_type"] == "LORA"
+    assert config["base_model_name_or_path"] == str(base) and config["revision"] == "main"
     again = PeftModel.from_pretrained(tiny_model(arch), tmp_path / "adapter")
     assert torch.equal(again(input_ids=IDS).logits, copy.deepcopy(peft).eval()(input_ids=IDS).logits)
