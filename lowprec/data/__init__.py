@@ -1,5 +1,6 @@
 """Files -> chat template -> masked, packed batches."""
 
+from lowprec.data.fit import fit_to_model
 from lowprec.data.loader import EvalBatch, StepBatch, StepLoader, eval_batches
 from lowprec.data.options import Data
 from lowprec.data.prepare import PreparedData, Prompt, prepare_data
@@ -14,5 +15,6 @@ __all__ = [
     "StepBatch",
     "StepLoader",
     "eval_batches",
+    "fit_to_model",
     "prepare_data",
 ]

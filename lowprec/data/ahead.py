@@ -2,22 +2,19 @@
 
 import queue
 import threading
-from collections.abc import Iterator
+from collections.abc import Generator, Iterator
 from typing import TypeVar
 
 T = TypeVar("T")
 
-_DEPTH = 3
-"""Batches that lie ready. More would only hold memory: making one takes far less time than a step."""
 
+def ahead(items: Iterator[T], *, depth: int = 3) -> Iterator[T]:
+    """Yield what ``items`` yields, made up to ``depth`` items ahead on a background thread.
 
-def ahead(items: Iterator[T]) -> Iterator[T]:
-    """Yield what ``items`` yields, made up to ``_DEPTH`` items ahead on a background thread.
-
-    An exception of ``items`` is raised here in its turn. Closing this generator stops the thread.
+    An exception of ``items`` is raised here in its turn. Closing this generator stops the thread and closes ``items``.
     """
     ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue()
-    room = threading.Semaphore(_DEPTH)
+    room = threading.Semaphore(depth)
     stopping = threading.Event()
 
     def work() -> None:
@@ -28,6 +25,9 @@ def ahead(items: Iterator[T]) -> Iterator[T]:
             ready.put((False, None))
         except BaseException as error:  # noqa: BLE001  # raised again by the consumer
             ready.put((False, error))
+        finally:
+            if isinstance(items, Generator):
+                items.close()
 
     thread = threading.Thread(target=work, name="lowprec-data", daemon=True)
     thread.start()

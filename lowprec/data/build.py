@@ -13,7 +13,7 @@ SHOWN_PROBLEMS = 5
 
 
 @dataclass(kw_only=True, slots=True)
-class Row:
+class StoredSample:
     """A tokenised sample. ``key`` is equal for samples that must stay on one side of the split."""
 
     input_ids: list[int]
@@ -41,7 +41,7 @@ class Counts:
 
 
 class Builder:
-    """Turns records into rows and keeps the counts. Layouts are told once a file, by its first record."""
+    """Turns records into samples and keeps the counts. Layouts are told once a file, by its first record."""
 
     def __init__(self, options: Data, encoder: Encoder) -> None:
         self.options = options
@@ -49,8 +49,8 @@ class Builder:
         self.counts = Counts()
         self._layout_of: dict[str, str] = {}
 
-    def rows(self, record: Record) -> list[Row]:
-        """The rows of one record.
+    def samples(self, record: Record) -> list[StoredSample]:
+        """The samples of one record.
 
         Raises:
             RecordError: what is wrong with it.
@@ -65,15 +65,15 @@ class Builder:
         encoded = self.encoder.encode(sample)
         self.counts.conversations_by_answer += len(encoded) > 1
         splittable = isinstance(sample, Passage) and sample.splittable
-        rows = []
+        samples = []
         for tokens in encoded:
             for piece in self._to_length(tokens, splittable):
                 num_trained = piece.num_trained()
                 if num_trained == 0:
                     self._untrained(tokens)
                     continue
-                rows.append(
-                    Row(
+                samples.append(
+                    StoredSample(
                         input_ids=piece.input_ids,
                         labels=piece.labels,
                         num_trained=num_trained,
@@ -81,8 +81,8 @@ class Builder:
                         key=key,
                     )
                 )
-        self.counts.samples += len(rows)
-        return rows
+        self.counts.samples += len(samples)
+        return samples
 
     def _layout(self, record: Record) -> str:
         if self.options.format != "auto":
@@ -117,7 +117,7 @@ class Builder:
         if whole.num_trained():
             raise RecordError(
                 "",
-                f"its prompt alone has {whole.prompt_length} tokens, so data.max_length={self.options.max_length} leaves "
+                f"its prompt alone has {whole.prompt_length} tokens: data.max_length={self.options.max_length} leaves "
                 "no trained token; raise data.max_length, or set data.overlong=drop or data.untrained=drop",
             )
         raise RecordError("", "has no trained token (no answer to learn); mend it, or set data.untrained=drop")
@@ -126,8 +126,10 @@ class Builder:
         self.counts.dropped[reason] = self.counts.dropped.get(reason, 0) + 1
 
 
-def build_rows(records: Iterable[Record], builder: Builder, *, path: str, key: str = "data.path") -> Iterator[Row]:
-    """Yield the rows of all records; a first bad record stops the encoding, and the rest is checked.
+def build_samples(
+    records: Iterable[Record], builder: Builder, *, path: str, key: str = "data.path"
+) -> Iterator[StoredSample]:
+    """Yield the samples of all records; after a first bad record, the rest is only checked.
 
     Raises:
         UserError: after the last record, with the first five problems and their number; or there was no sample.
@@ -136,14 +138,14 @@ def build_rows(records: Iterable[Record], builder: Builder, *, path: str, key: s
     num_problems = 0
     for record in records:
         try:
-            rows = builder.rows(record)
+            samples = builder.samples(record)
         except RecordError as error:
             num_problems += 1
             if num_problems <= SHOWN_PROBLEMS:
                 problems.append(f"{record.where}: {error}")
         else:
             if not num_problems:
-                yield from rows
+                yield from samples
     if num_problems:
         raise UserError(_told(path, key, problems, num_problems, builder.counts.records))
     if not builder.counts.samples:

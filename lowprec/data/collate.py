@@ -3,9 +3,10 @@
 Padded: one sample a row, ``attention_mask`` 0 on the right padding. Packed: no ``attention_mask``; ``position_ids``
 restart at 0 with every sample and with the padding, which counts as one more sample that no label belongs to.
 Transformers' ``masking_utils`` reads the borders off the restarts and builds the block-diagonal causal mask, with
-sliding windows and chunks counted inside a sample; an explicit 4-D mask would lose those, as every layer gets it as it
-is. It does so only without an ``attention_mask`` and without a key-value cache, so ``config.use_cache`` must be false.
-:func:`lowprec.data.packing_check.check_packing` tries whether a model obeys.
+sliding windows and chunks counted inside a sample. It does so only without an ``attention_mask`` and without a
+key-value cache, so ``config.use_cache`` must be false. Models that build their mask without ``position_ids`` (OPT) get
+an explicit 4-D mask, which costs length^2 bytes a row and which every layer takes as it is, so that it would undo a
+sliding window. :func:`lowprec.data.fit.fit_to_model` tries which of them a model needs.
 """
 
 from collections.abc import Sequence
@@ -13,22 +14,23 @@ from collections.abc import Sequence
 import torch
 
 from lowprec.data.chat import IGNORE
-from lowprec.data.samples import Item
+from lowprec.data.rows import Item, PackedAttention
 
 Inputs = dict[str, torch.Tensor]
 
 
-def collate(items: Sequence[Item], pad_token_id: int, *, packed: bool) -> Inputs:
+def collate(items: Sequence[Item], pad_token_id: int, *, attention: PackedAttention | None) -> Inputs:
     """Pad rows on the right to the longest.
 
     Args:
         items: The rows; none at all gives a batch of one row of padding, for a process that has to take part without
             having a sample.
         pad_token_id: Fills ``input_ids``.
-        packed: Whether rows hold several samples.
+        attention: For packed rows, how they are cut; None for one sample a row.
 
     Returns:
-        int64 tensors ``[rows, longest]``: ``input_ids``, ``labels``, and ``position_ids`` or ``attention_mask``.
+        int64 tensors ``[rows, longest]``: ``input_ids``, ``labels``, and either ``attention_mask`` or ``position_ids``;
+        with a mask, also ``attention_mask`` of ``[rows, 1, longest, longest]``, bool or fp32.
     """
     num_rows = max(1, len(items))
     longest = max((len(item["input_ids"]) for item in items), default=2)
@@ -44,6 +46,19 @@ def collate(items: Sequence[Item], pad_token_id: int, *, packed: bool) -> Inputs
         attention_mask[row, :length] = 1
         starts = [*item["lengths"], longest - length]
         position_ids[row] = torch.cat([torch.arange(count) for count in starts])
-    if packed:
-        return {"input_ids": input_ids, "labels": labels, "position_ids": position_ids}
-    return {"input_ids": input_ids, "labels": labels, "attention_mask": attention_mask}
+    inputs = {"input_ids": input_ids, "labels": labels}
+    if attention is None:
+        return inputs | {"attention_mask": attention_mask}
+    inputs["position_ids"] = position_ids
+    if attention is not PackedAttention.POSITIONS:
+        inputs["attention_mask"] = _block_diagonal(position_ids, as_bool=attention is PackedAttention.BOOL_MASK)
+    return inputs
+
+
+def _block_diagonal(position_ids: torch.Tensor, *, as_bool: bool) -> torch.Tensor:
+    """The causal mask ``[rows, 1, queries, keys]`` inside each sample; samples begin where positions are 0."""
+    sample = (position_ids == 0).cumsum(-1)
+    allowed = (sample[:, :, None] == sample[:, None, :]).tril()[:, None]
+    if as_bool:
+        return allowed
+    return torch.zeros(allowed.shape).masked_fill(~allowed, torch.finfo(torch.float32).min)

@@ -96,7 +96,7 @@ def detect_layout(fields: Fields) -> str:
         "",
         f"its fields ({', '.join(map(str, fields)) or 'none'}) tell no known layout: messages, conversations "
         "(sharegpt), prompt + completion, instruction + output (alpaca), or text. Rename them, or set data.format and "
-        "data.columns, for instance data.format=prompt_completion with data.columns={prompt: question, completion: answer}",
+        "data.columns, for instance data.format=prompt_completion data.columns={prompt: question, completion: answer}",
     )
 
 

@@ -1,22 +1,24 @@
 """Batches: one :class:`StepBatch` an optimizer step, the same samples however the step is divided.
 
-An epoch is a permutation of the rows, drawn from ``seed + epoch``. An effective batch is the next
-``per_device_batch_size * gradient_accumulation_steps * world_size`` rows of it, longest first, dealt out micro-batch by
+An effective batch is the next ``per_device_batch_size * gradient_accumulation_steps * world_size`` rows of the epoch's
+order (:mod:`lowprec.data.order`), longest first, dealt out micro-batch by
 micro-batch and process by process: the longest rows share a micro-batch, which saves padding, and show at once whether
 they fit into memory. The sizes of all rows are known, so every process knows the token counts of the whole step.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from itertools import chain
 
 import numpy as np
 import torch
 
 from lowprec.data.ahead import ahead
 from lowprec.data.collate import Inputs, collate
+from lowprec.data.order import EpochOrder, Order, State, Step
 from lowprec.data.prepare import PreparedData
-from lowprec.data.samples import Rows
+from lowprec.data.rows import Rows
+from lowprec.data.stream import Stream, StreamOrder
 from lowprec.errors import UserError
 
 
@@ -38,7 +40,7 @@ class StepBatch:
     """Padding tokens in this process's part."""
     epoch: float
     """Epochs after this step."""
-    state: dict[str, Any] = field(default_factory=dict)
+    state: State
     """The loader's position after this step."""
 
 
@@ -97,43 +99,50 @@ class StepLoader:
         pad_token_id: int,
         device: torch.device | str | None = None,
     ) -> None:
-        self.rows = prepared.train
+        train = prepared.train
+        self._order: Order = StreamOrder(train, seed) if isinstance(train, Stream) else EpochOrder(train, seed)
         self.batch_size = per_device_batch_size
         self.effective_batch_size = per_device_batch_size * gradient_accumulation_steps * world_size
         self.rank, self.world_size = rank, world_size
-        self.seed = seed
         self.pad_token_id = pad_token_id
         self.device = torch.device(device) if device is not None else None
-        self._state: dict[str, Any] = {"epoch": 0, "position": 0, "seed": seed, "rows": len(self.rows)}
+        self._state = self._order.first_state()
 
     @property
-    def steps_per_epoch(self) -> int:
-        return -(-len(self.rows) // self.effective_batch_size)
+    def steps_per_epoch(self) -> int | None:
+        """None for a stream."""
+        return -(-len(self._order.rows) // self.effective_batch_size) if isinstance(self._order, EpochOrder) else None
 
     def num_steps(self, num_epochs: float) -> int:
-        """Optimizer steps in so many epochs, at least one."""
-        whole, part = divmod(num_epochs, 1)
-        return max(1, int(whole) * self.steps_per_epoch + round(part * self.steps_per_epoch))
+        """Optimizer steps in so many epochs, at least one.
+
+        Raises:
+            UserError: the data are a stream, whose length is not known.
+        """
+        per_epoch = self.steps_per_epoch
+        if per_epoch is None:
+            raise UserError("data.streaming=true reads data of unknown length: set train.max_steps.")
+        return max(1, round(num_epochs * per_epoch))
 
     @property
-    def padding_share(self) -> float:
-        """Share of padding among all tokens of the first epoch, over all processes, at this batch size."""
+    def padding_share(self) -> float | None:
+        """Share of padding among all tokens of the first epoch, over all processes; None for a stream."""
+        if not isinstance(self._order, EpochOrder):
+            return None
         padding = tokens = 0
-        order = self._order(0)
-        for start in range(0, len(order), self.effective_batch_size):
-            chosen = order[start : start + self.effective_batch_size]
-            for micro_batch in divide(chosen, self.rows.num_tokens[chosen], self.batch_size, self.world_size):
-                for part in micro_batch:
-                    lengths = self.rows.num_tokens[part]
-                    tokens += int(lengths.sum())
-                    padding += _padding(lengths)
+        lengths, permutation = self._order.rows.num_tokens, self._order.permutation(0)
+        for start in range(0, len(permutation), self.effective_batch_size):
+            chosen = permutation[start : start + self.effective_batch_size]
+            for part in chain.from_iterable(divide(chosen, lengths[chosen], self.batch_size, self.world_size)):
+                tokens += int(lengths[part].sum())
+                padding += int((lengths[part].max(initial=0) - lengths[part]).sum())
         return padding / (padding + tokens)
 
-    def state_dict(self) -> dict[str, Any]:
+    def state_dict(self) -> State:
         """The position after the last step that was yielded, in rows: it holds for any division into processes."""
         return dict(self._state)
 
-    def load_state_dict(self, state: dict[str, Any]) -> None:
+    def load_state_dict(self, state: State) -> None:
         """Go on from a position; takes effect with the next ``iter``.
 
         Raises:
@@ -149,30 +158,17 @@ class StepLoader:
         self._state = dict(state)
 
     def __iter__(self) -> Iterator[StepBatch]:
-        pin = self.device is not None and self.device.type == "cuda"
-        for batch in ahead(self._batches(self._state["epoch"], self._state["position"], pin)):
+        for batch in ahead(map(self._batch, self._order.steps(self._state, self.effective_batch_size))):
             if self.device is not None:
                 batch.micro_batches = [_to(inputs, self.device) for inputs in batch.micro_batches]
             self._state = dict(batch.state)
             yield batch
 
-    def _order(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(self.seed + epoch).permutation(len(self.rows))
-
-    def _batches(self, epoch: int, position: int, pin: bool) -> Iterator[StepBatch]:
-        while True:
-            order = self._order(epoch)
-            while position < len(order):
-                chosen = order[position : position + self.effective_batch_size]
-                position += len(chosen)
-                state = {**self._state, "epoch": epoch, "position": position}
-                yield self._batch(chosen, state, epoch + position / len(order), pin)
-            epoch, position = epoch + 1, 0
-
-    def _batch(self, chosen: np.ndarray, state: dict[str, Any], epoch: float, pin: bool) -> StepBatch:
-        rows = self.rows
-        parts = [m[self.rank] for m in divide(chosen, rows.num_tokens[chosen], self.batch_size, self.world_size)]
-        micro_batches = [self._collated(part, pin) for part in parts]
+    def _batch(self, step: Step) -> StepBatch:
+        rows, chosen = step.rows, step.chosen
+        dealt = divide(chosen, rows.num_tokens[chosen], self.batch_size, self.world_size)
+        parts = [micro_batch[self.rank] for micro_batch in dealt]
+        micro_batches = [self._collated(rows, part) for part in parts]
         mine = np.concatenate(parts)
         num_tokens = int(rows.num_tokens[mine].sum())
         return StepBatch(
@@ -182,12 +178,13 @@ class StepLoader:
             num_tokens=num_tokens,
             num_tokens_global=int(rows.num_tokens[chosen].sum()),
             num_padding=sum(inputs["input_ids"].numel() for inputs in micro_batches) - num_tokens,
-            epoch=epoch,
-            state=state,
+            epoch=step.epoch,
+            state=step.state,
         )
 
-    def _collated(self, part: np.ndarray, pin: bool) -> Inputs:
-        inputs = collate([self.rows[int(i)] for i in part], self.pad_token_id, packed=self.rows.packed)
+    def _collated(self, rows: Rows, part: np.ndarray) -> Inputs:
+        inputs = collate([rows[int(i)] for i in part], self.pad_token_id, attention=rows.attention)
+        pin = self.device is not None and self.device.type == "cuda"
         return {name: tensor.pin_memory() for name, tensor in inputs.items()} if pin else inputs
 
 
@@ -215,7 +212,7 @@ def eval_batches(
     def batches() -> Iterator[EvalBatch]:
         for micro_batch in divide(chosen, evaluation.num_tokens[chosen], batch_size, world_size):
             part = micro_batch[rank]
-            inputs = collate([evaluation[int(i)] for i in part], pad_token_id, packed=evaluation.packed)
+            inputs = collate([evaluation[int(i)] for i in part], pad_token_id, attention=evaluation.attention)
             num_tokens = int(evaluation.num_tokens[part].sum())
             yield EvalBatch(
                 inputs=inputs,
@@ -225,10 +222,6 @@ def eval_batches(
             )
 
     return ahead(batches())
-
-
-def _padding(lengths: np.ndarray) -> int:
-    return int(lengths.max() * len(lengths) - lengths.sum()) if len(lengths) else 0
 
 
 def _to(inputs: Inputs, device: torch.device) -> Inputs:

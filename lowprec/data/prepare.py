@@ -1,21 +1,24 @@
 """``prepare_data``: from the recipe's group ``data`` to samples ready to be batched."""
 
 import json
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
 
-from lowprec.data.build import Builder, Counts, build_rows
+from lowprec.data.build import Builder, Counts, StoredSample, build_samples
 from lowprec.data.cache import cache_key, cached, default_cache_dir, tokenizer_fingerprint
 from lowprec.data.chat import Encoder
 from lowprec.data.options import Data
 from lowprec.data.packing import pack
-from lowprec.data.samples import PackedRows, Rows, Samples, write_rows
+from lowprec.data.rows import PackedAttention, Rows
+from lowprec.data.samples import PackedRows, RowsInMemory, Samples, write_samples
 from lowprec.data.sources import Source, first_records, open_source
 from lowprec.data.split import held_out
-from lowprec.data.summary import DataSummary, summarise
+from lowprec.data.stream import Stream, stream_samples, to_items
+from lowprec.data.summary import DataSummary, length_histogram
+from lowprec.errors import UserError
 
 NUM_PROMPTS = 8
 
@@ -45,7 +48,7 @@ class Prompt:
 class PreparedData:
     """Training and held-out rows, and what the report says of them."""
 
-    train: Rows
+    train: Rows | Stream
     evaluation: Rows
     summary: DataSummary
     prompts: list[Prompt]
@@ -54,46 +57,97 @@ class PreparedData:
 
 
 def prepare_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreparedData:
-    """Read, check, tokenise (or find in the cache), split and pack.
+    """Read, check, tokenise (or find in the cache), split and pack; with ``data.streaming``, only what is held out.
 
     Several processes may call it at once: one builds, the others wait and read.
 
     Args:
         data: The recipe's group.
         tokenizer: A fast tokenizer; ``data.chat_template`` is set on it.
-        seed: Of the run. Map-style data do not depend on it: the split is by content, the order is the loader's.
+        seed: Of the run. Nothing here depends on it: the split is by content, and the order is the loader's.
 
     Raises:
         UserError: there are no data, or bad records: the first five with their places, and how many there are.
     """
     encoder = Encoder(tokenizer, train_on_prompt=data.train_on_prompt, chat_template=data.chat_template)
-    samples, counts = _samples(open_source(data.path, data), data, encoder, key="data.path")
-    also_in_train = 0
+    source = open_source(data.path, data)
+    if data.streaming:
+        return _prepare_stream(source, data, encoder)
+    samples, counts = _samples(source, data, encoder, key="data.path")
     if data.eval_path is None:
         marked = held_out(samples.keys(), data.eval_fraction)
         train, evaluation = samples.part(np.flatnonzero(~marked)), samples.part(np.flatnonzero(marked))
     else:
-        source = open_source(data.eval_path, data, key="data.eval_path")
-        train, (evaluation, _) = samples, _samples(source, data, encoder, key="data.eval_path")
-        also_in_train = int(np.isin(evaluation.keys(), train.keys()).sum())
-    train_rows, eval_rows = (_rows(part, data) for part in (train, evaluation))
-    summary = summarise(
+        train, evaluation = samples, _eval_samples(data, encoder)
+    train_rows = _rows(train, data)
+    summary = DataSummary(
         path=data.path,
+        format=" + ".join(sorted(counts.layouts)),
         read=counts,
-        train=train,
-        rows=train_rows,
-        eval_samples=len(evaluation),
-        eval_also_in_train=also_in_train,
         max_length=data.max_length,
+        eval_samples=len(evaluation),
+        eval_also_in_train=int(np.isin(evaluation.keys(), train.keys()).sum()),
+        train_samples=len(train),
+        train_rows=len(train_rows),
+        tokens=int(train.num_tokens.sum()),
+        trained_tokens=int(train.num_trained.sum()),
+        length_histogram=length_histogram(train.num_tokens, data.max_length),
     )
+    if data.packing:
+        summary.padding_share = 1 - summary.tokens / (len(train_rows) * data.max_length)
     return PreparedData(
         train=train_rows,
-        evaluation=eval_rows,
+        evaluation=_rows(evaluation, data),
         summary=summary,
         prompts=_prompts(evaluation, tokenizer),
         path=data.path,
         format=summary.format,
     )
+
+
+def _prepare_stream(source: Source, data: Data, encoder: Encoder) -> PreparedData:
+    """Hold out ``data.eval_path``, or the first ``data.eval_samples`` samples of the stream."""
+    builder = Builder(data, encoder)
+    head: list[StoredSample] = []
+    skip = 0
+    evaluation: Rows
+    if data.eval_path is None:
+        for record in source.stream():
+            skip += 1
+            head += stream_samples(record, builder, source.name)
+            if len(head) >= data.eval_samples:
+                break
+        row_length = data.max_length if data.packing else None
+        attention = PackedAttention.POSITIONS if data.packing else None
+        evaluation = RowsInMemory(to_items(head, row_length), attention)
+        prompts = _prompts(RowsInMemory(to_items(head, None), None, [s.prompt_length for s in head]), encoder.tokenizer)
+    else:
+        samples = _eval_samples(data, encoder)
+        evaluation, prompts = _rows(samples, data), _prompts(samples, encoder.tokenizer)
+    if not len(evaluation):
+        raise UserError(f"data.path={source.name}: the stream holds no sample to evaluate on.")
+    summary = DataSummary(
+        path=data.path,
+        format=" + ".join(sorted(builder.counts.layouts)) or data.format,
+        read=builder.counts,
+        max_length=data.max_length,
+        eval_samples=len(head) or int(evaluation.num_tokens.size),
+    )
+    return PreparedData(
+        train=Stream(source, builder, held_out=frozenset(sample.key for sample in head), skip=skip),
+        evaluation=evaluation,
+        summary=summary,
+        prompts=prompts,
+        path=data.path,
+        format=summary.format,
+    )
+
+
+def _eval_samples(data: Data, encoder: Encoder) -> Samples:
+    """All samples of ``data.eval_path``, read before training and never cut by ``data.max_samples``."""
+    assert data.eval_path is not None
+    whole = replace(data, streaming=False, max_samples=None)
+    return _samples(open_source(data.eval_path, whole, key="data.eval_path"), whole, encoder, key="data.eval_path")[0]
 
 
 def _samples(source: Source, data: Data, encoder: Encoder, *, key: str) -> tuple[Samples, Counts]:
@@ -106,8 +160,8 @@ def _samples(source: Source, data: Data, encoder: Encoder, *, key: str) -> tuple
     def build(folder: Path) -> None:
         builder = Builder(data, encoder)
         records = first_records(source, data.max_samples)
-        rows = build_rows(records, builder, path=source.name, key=key)
-        write_rows(folder / "samples.arrow", rows)
+        samples = build_samples(records, builder, path=source.name, key=key)
+        write_samples(folder / "samples.arrow", samples)
         (folder / "counts.json").write_text(json.dumps(builder.counts.to_dict()), encoding="utf-8")
 
     folder = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
@@ -120,7 +174,7 @@ def _rows(samples: Samples, data: Data) -> Rows:
     return PackedRows(samples, pack(samples.num_tokens.tolist(), data.max_length)) if data.packing else samples
 
 
-def _prompts(evaluation: Samples, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
+def _prompts(evaluation: Samples | RowsInMemory, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The first few held-out samples as questions: up to the first answer, or half of a plain text."""
     prompts = []
     for index in range(min(NUM_PROMPTS, len(evaluation))):

@@ -2,13 +2,14 @@
 
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Protocol, TypedDict
 
 import datasets
 import numpy as np
 import pyarrow as pa
 
-from lowprec.data.build import Row
+from lowprec.data.build import StoredSample
+from lowprec.data.chat import IGNORE
+from lowprec.data.rows import Item, PackedAttention
 
 SCHEMA = pa.schema(
     [
@@ -19,54 +20,31 @@ SCHEMA = pa.schema(
         ("key", pa.string()),
     ]
 )
-_ROWS_A_BATCH = 1000
+_SAMPLES_A_BATCH = 1000
 
 
-class Item(TypedDict):
-    """``labels`` are unshifted, -100 where nothing is trained. ``lengths``: those of the samples in the row."""
-
-    input_ids: list[int]
-    labels: list[int]
-    lengths: list[int]
-
-
-class Rows(Protocol):
-    """Map-style rows whose sizes are known without reading them."""
-
-    num_tokens: np.ndarray
-    """int64 ``[len(self)]``: tokens of each row."""
-    num_trained: np.ndarray
-    """int64 ``[len(self)]``: tokens of each row that give loss."""
-    packed: bool
-    """Whether a row may hold several samples."""
-
-    def __len__(self) -> int: ...
-
-    def __getitem__(self, index: int) -> Item: ...
-
-
-def write_rows(path: Path, rows: Iterable[Row]) -> None:
-    """Write an Arrow stream file, a thousand rows in memory at a time."""
-    pending: list[Row] = []
+def write_samples(path: Path, samples: Iterable[StoredSample]) -> None:
+    """Write an Arrow stream file, a thousand samples in memory at a time."""
+    pending: list[StoredSample] = []
     with pa.OSFile(str(path), "wb") as file, pa.ipc.new_stream(file, SCHEMA) as writer:
 
         def flush() -> None:
-            columns = {name: [getattr(row, name) for row in pending] for name in SCHEMA.names}
+            columns = {name: [getattr(sample, name) for sample in pending] for name in SCHEMA.names}
             writer.write_batch(pa.RecordBatch.from_pydict(columns, schema=SCHEMA))
             pending.clear()
 
-        for row in rows:
-            pending.append(row)
-            if len(pending) == _ROWS_A_BATCH:
+        for sample in samples:
+            pending.append(sample)
+            if len(pending) == _SAMPLES_A_BATCH:
                 flush()
         if pending:
             flush()
 
 
 class Samples:
-    """The samples ``indices`` of a data set written by :func:`write_rows` (all of them by default)."""
+    """The samples ``indices`` of a data set written by :func:`write_samples` (all of them by default)."""
 
-    packed = False
+    attention: PackedAttention | None = None
 
     def __init__(self, dataset: datasets.Dataset, indices: np.ndarray | None = None) -> None:
         self._dataset = dataset
@@ -90,6 +68,15 @@ class Samples:
         row = self._dataset[int(self.indices[index])]
         return {"input_ids": row["input_ids"], "labels": row["labels"], "lengths": [len(row["input_ids"])]}
 
+    @property
+    def longest_sample(self) -> int:
+        return int(self.num_tokens.max(initial=0))
+
+    @property
+    def largest_id(self) -> int:
+        chunks = self._dataset.data.table["input_ids"].chunks
+        return max((pa.compute.max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0)
+
     def keys(self) -> np.ndarray:
         """The split key of each sample."""
         return np.array(self._dataset.data.table["key"].to_pylist(), dtype="U32")[self.indices]
@@ -105,7 +92,8 @@ class Samples:
 class PackedRows:
     """Rows of several samples one after another; ``rows[i]`` holds the positions of row i's samples."""
 
-    packed = True
+    attention: PackedAttention | None = PackedAttention.POSITIONS
+    """Right for most architectures; :func:`lowprec.data.fit.fit_to_model` finds the one that a model needs."""
 
     def __init__(self, samples: Samples, rows: Sequence[Sequence[int]]) -> None:
         self.samples = samples
@@ -117,8 +105,46 @@ class PackedRows:
         return len(self.rows)
 
     def __getitem__(self, index: int) -> Item:
-        items = [self.samples[position] for position in self.rows[index]]
-        return join(items)
+        return join([self.samples[position] for position in self.rows[index]])
+
+    @property
+    def longest_sample(self) -> int:
+        return self.samples.longest_sample
+
+    @property
+    def largest_id(self) -> int:
+        return self.samples.largest_id
+
+
+class RowsInMemory:
+    """Rows of a list."""
+
+    def __init__(
+        self, items: list[Item], attention: PackedAttention | None, prompt_lengths: Sequence[int] = ()
+    ) -> None:
+        self.items = items
+        self.attention = attention
+        self.prompt_lengths = prompt_lengths
+        self.num_tokens = np.array([len(item["input_ids"]) for item in items], dtype=np.int64)
+        trained = [sum(label != IGNORE for label in item["labels"]) for item in items]
+        self.num_trained = np.array(trained, dtype=np.int64)
+
+    def __len__(self) -> int:
+        return len(self.items)
+
+    def __getitem__(self, index: int) -> Item:
+        return self.items[index]
+
+    def prompt_length(self, index: int) -> int:
+        return self.prompt_lengths[index]
+
+    @property
+    def longest_sample(self) -> int:
+        return max((max(item["lengths"]) for item in self.items), default=0)
+
+    @property
+    def largest_id(self) -> int:
+        return max((max(item["input_ids"]) for item in self.items), default=0)
 
 
 def join(items: Sequence[Item]) -> Item:

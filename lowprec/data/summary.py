@@ -7,26 +7,27 @@ import numpy as np
 from rich.table import Table
 
 from lowprec.data.build import Counts
-from lowprec.data.samples import Rows, Samples
 
 
 @dataclass(kw_only=True, slots=True)
 class DataSummary:
-    """Counts of records, samples and tokens. Lengths are those of the training samples, before packing."""
+    """Counts of records, samples and tokens; None where a stream does not tell. Lengths are those before packing."""
 
     path: str
     format: str
     read: Counts
-    train_samples: int
-    eval_samples: int
-    eval_also_in_train: int
-    """Held-out samples of ``data.eval_path`` whose content is also trained on."""
-    train_rows: int
-    tokens: int
-    trained_tokens: int
-    packing_padding_share: float | None
-    """Share of padding in rows of ``data.max_length``; None without packing, where it depends on the batch."""
+    """What became of the records of ``data.path``; of a stream, of those read so far."""
     max_length: int
+    eval_samples: int
+    eval_also_in_train: int | None = None
+    """Held-out samples of ``data.eval_path`` whose content is also trained on."""
+    train_samples: int | None = None
+    train_rows: int | None = None
+    tokens: int | None = None
+    trained_tokens: int | None = None
+    padding_share: float | None = None
+    """Share of padding: of packed rows filled up to ``data.max_length``. Without packing it depends on the batches, see
+    :attr:`lowprec.data.loader.StepLoader.padding_share`."""
     length_histogram: dict[str, int] = field(default_factory=dict)
     """Number of samples by tokens: ``"129-256": 17``."""
 
@@ -37,23 +38,26 @@ class DataSummary:
         table = Table(title=f"Data: {self.path} ({self.format})", show_header=False, title_justify="left")
         table.add_column()
         table.add_column(justify="right")
-        table.add_row("records read", f"{self.read.records:,}")
-        table.add_row("samples trained / held out", f"{self.train_samples:,} / {self.eval_samples:,}")
-        table.add_row("tokens, of these trained", f"{self.tokens:,}, {self.trained_tokens:,}")
-        for reason, number in self.read.dropped.items():
-            table.add_row(f"dropped: {reason}", f"{number:,}")
-        optional = {
-            "truncated": self.read.truncated,
-            "texts split": self.read.split,
-            "conversations trained answer by answer": self.read.conversations_by_answer,
-            "held-out samples that are also trained on": self.eval_also_in_train,
+        numbers = {
+            "records read": self.read.records,
+            "samples to train on": self.train_samples,
+            "samples held out": self.eval_samples,
+            "tokens": self.tokens,
+            "tokens trained": self.trained_tokens,
+            "packed rows": self.train_rows if self.train_rows != self.train_samples else None,
+            **{f"dropped: {reason}": number for reason, number in self.read.dropped.items()},
+            f"truncated to {self.max_length}": self.read.truncated or None,
+            "texts split": self.read.split or None,
+            "conversations trained answer by answer": self.read.conversations_by_answer or None,
+            "held-out samples that are also trained on": self.eval_also_in_train or None,
         }
-        for name, number in optional.items():
-            if number:
+        for name, number in numbers.items():
+            if number is not None:
                 table.add_row(name, f"{number:,}")
-        if self.packing_padding_share is not None:
-            table.add_row("packed rows, their padding", f"{self.train_rows:,}, {self.packing_padding_share:.1%}")
-        table.add_row("lengths", "  ".join(f"{span}: {number:,}" for span, number in self.length_histogram.items()))
+        if self.padding_share is not None:
+            table.add_row("padding", f"{self.padding_share:.1%}")
+        if self.length_histogram:
+            table.add_row("samples by length", "  ".join(f"{s}: {n:,}" for s, n in self.length_histogram.items()))
         return table
 
 
@@ -64,31 +68,3 @@ def length_histogram(lengths: np.ndarray, max_length: int) -> dict[str, int]:
     return {
         f"{low + 1}-{high}": int(count) for low, high, count in zip(edges, edges[1:], counts, strict=False) if count
     }
-
-
-def summarise(
-    *,
-    path: str,
-    read: Counts,
-    train: Samples,
-    rows: Rows,
-    eval_samples: int,
-    eval_also_in_train: int,
-    max_length: int,
-) -> DataSummary:
-    """The summary of map-style data."""
-    tokens = int(train.num_tokens.sum())
-    return DataSummary(
-        path=path,
-        format=" + ".join(sorted(read.layouts)),
-        read=read,
-        train_samples=len(train),
-        eval_samples=eval_samples,
-        eval_also_in_train=eval_also_in_train,
-        train_rows=len(rows),
-        tokens=tokens,
-        trained_tokens=int(train.num_trained.sum()),
-        packing_padding_share=1 - tokens / (len(rows) * max_length) if rows.packed else None,
-        max_length=max_length,
-        length_histogram=length_histogram(train.num_tokens, max_length),
-    )
