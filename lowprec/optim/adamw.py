@@ -2,6 +2,7 @@
 
 import zlib
 from collections.abc import Callable, Iterable, Sequence
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -11,8 +12,10 @@ from torch import Tensor
 from lowprec.errors import UserError
 from lowprec.optim import states_io
 from lowprec.optim.arguments import check_hyper, check_modes, check_param, number
+from lowprec.optim.backward import UpdateInBackward
 from lowprec.optim.format import StateFormat
 from lowprec.optim.layout import Chunk, gather, scatter
+from lowprec.optim.saved_chunks import SavedChunks
 from lowprec.optim.steps import Round, StepCounts
 from lowprec.optim.stores import open_store
 from lowprec.optim.update import Slice, update
@@ -34,6 +37,7 @@ class AdamW(torch.optim.Optimizer):
             master (4 bytes), ``"none"`` rounds the weight stochastically. fp32 weights are their own master.
         seed: of all stochastic rounding; the same seed repeats a run bit for bit.
         update_on: ``"weights"`` updates on the device of the weights; ``"cpu"`` brings gradients and weights to the host.
+        drive_tbw: TB that can be written to the drive, by its maker; ``statistics`` then shows the run's share.
         store_options: further settings of the store, see ``lowprec.optim.stores.open_store``.
 
     ``found_inf`` (fp32, one element, on the weights' device, or None): where it is not zero, ``step`` leaves weights,
@@ -60,6 +64,7 @@ class AdamW(torch.optim.Optimizer):
         master: str = "split",
         seed: int = 0,
         update_on: str = "weights",
+        drive_tbw: float | None = None,
         **store_options: Any,
     ):
         check_modes(state_store, foreach, capturable, differentiable, fused)
@@ -91,6 +96,8 @@ class AdamW(torch.optim.Optimizer):
         self._order = list(self._store.chunks)
         self._counts = StepCounts(self._update_devices)
         self._round: Round | None = None
+        self._in_backward: UpdateInBackward | None = None
+        self._facts = {"state_store": state_store, "state_dtype": state_dtype, "master": master, "drive_tbw": drive_tbw}
         self._has_states = False
         self._built = True
 
@@ -119,11 +126,38 @@ class AdamW(torch.optim.Optimizer):
                 )
         current = self._begin()
         self._update([chunk for chunk in self._order if chunk.index not in current.finished])
-        self._counts.advance(current.updated, self.found_inf)
+        self._counts.advance(current.updated, self._skip())
         self._round = None
+        if self._in_backward is not None:
+            done = self._in_backward.order
+            self._order = done + [chunk for chunk in self._order if chunk.index not in current.finished]
+            self._in_backward.begin()
         if not self._has_states:
             self._show_states()
+        self._store.prefetch(self._order)
         return loss
+
+    def update_in_backward(self) -> None:
+        """From now on, update each parameter in backward and free its gradient; ``step`` does what is left.
+
+        ``grad_norm`` holds the norm of the last backward's gradients. A gradient that is not finite stops the updates
+        that come after it in that backward; those before it stand. Gradients cannot be clipped or accumulated.
+        """
+        if self._in_backward is None:
+            params = {i: self._params[i] for i in self._formats}
+            self._in_backward = UpdateInBackward(params, self._chunks_of, self._update)
+
+    @property
+    def grad_norm(self) -> Tensor | None:
+        """The norm of the gradients of this step so far (0-dim, on the device); None if not updating in backward."""
+        return None if self._in_backward is None else self._in_backward.norm_squared.sqrt()
+
+    def _skip(self) -> Tensor | None:
+        """``found_inf``, with the gradients that backward has shown so far."""
+        if self._in_backward is None:
+            return self.found_inf
+        bad = (~torch.isfinite(self._in_backward.norm_squared)).float()
+        return bad if self.found_inf is None else torch.maximum(bad, self.found_inf.reshape(()).to(bad.device))
 
     def _begin(self) -> Round:
         if self._round is None:
@@ -136,7 +170,7 @@ class AdamW(torch.optim.Optimizer):
         for batch in [live] if self._store.resident else [[chunk] for chunk in live]:
             buffers = [self._store.read(chunk) for chunk in batch]
             slices = [s for chunk, buffer in zip(batch, buffers, strict=True) for s in self._slices(chunk, buffer)]
-            update(slices, self.found_inf)
+            update(slices, self._skip())
             for chunk, buffer in zip(batch, buffers, strict=True):
                 self._store.write(chunk, buffer)
         self._begin().finished.update(chunk.index for chunk in live)
@@ -184,6 +218,8 @@ class AdamW(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Give back the store: its memory, files and path. States that no checkpoint holds are gone."""
+        if self._in_backward is not None:
+            self._in_backward.remove()
         self.state.clear()
         self._store.close()
 
@@ -203,17 +239,22 @@ class AdamW(torch.optim.Optimizer):
         super().load_state_dict(state_dict | {"state": {}})
         if state_dict["state"]:
             states = state_dict["state"]
-            self._load({i: float(states[i]["step"]) for i in self._formats if i in states}, lambda i: states.get(i, {}))
+            for i, format in self._formats.items():
+                states_io.check_fields(self.names[i], self._params[i].numel(), format, states.get(i, {}))
+            self._load({i: float(states[i]["step"]) for i in self._formats}, lambda i: states[i])
 
     def _load(self, steps: dict[int, float], fields_of: Callable[[int], dict[str, Tensor]]) -> None:
-        for i, format in self._formats.items():
-            states_io.check_fields(self.names[i], self._params[i].numel(), format, fields_of(i))
+        latest = lru_cache(maxsize=1)(fields_of)  # the chunks of a parameter come one after another
         for chunk in self._store.chunks:
             buffer = self._store.read(chunk)
-            scatter(chunk, buffer, fields_of)
+            scatter(chunk, buffer, latest)
             self._store.write(chunk, buffer)
+        self._take_over(steps)
+
+    def _take_over(self, steps: dict[int, float]) -> None:
         self._counts.set(steps)
         self._show_states()
+        self._store.prefetch(self._order)
 
     @torch.no_grad()
     def save_states(self, folder: str | Path) -> None:
@@ -252,6 +293,9 @@ class AdamW(torch.optim.Optimizer):
             shards = states_io.Shards(folder, header.shards)
             self._load(steps, lambda i: shards.fields_of(self.names[i]))
         elif header.store is not None:
-            self._store.restore(folder, header.store)
-            self._counts.set(steps)
-            self._show_states()
+            saved = SavedChunks(folder, header)
+            if self._store.restore(saved):
+                self._take_over(steps)
+            else:
+                self._load(steps, lambda i: saved.fields_of(self.names[i]))
+                saved.close()

@@ -1,23 +1,24 @@
 """States in memory: beside the weights (``gpu``), or in host memory (``cpu``)."""
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 from lowprec.optim.layout import Chunk, initialise
+from lowprec.optim.saved_chunks import SavedChunks
 
 
 class MemoryStore:
-    """A buffer for every chunk, allocated at its first read: on ``device``, or where the chunk's parameters are."""
+    """A buffer for every chunk, from ``allocate(chunk)`` (uint8, its bytes) at the chunk's first read."""
 
     resident = True
 
-    def __init__(self, chunks: list[Chunk], params: Sequence[Tensor], device: torch.device | None = None):
+    def __init__(self, chunks: list[Chunk], params: Sequence[Tensor], allocate: Callable[[Chunk], Tensor]):
         self.chunks = chunks
         self._params = params
-        self._device = device
+        self._allocate = allocate
         self._buffers: dict[int, Tensor] = {}
 
     def prefetch(self, order: Sequence[Chunk]) -> None:
@@ -25,13 +26,10 @@ class MemoryStore:
 
     def read(self, chunk: Chunk) -> Tensor:
         if chunk.index not in self._buffers:
-            buffer = self._allocate(chunk.nbytes, self._device or self._params[chunk.pieces[0].parameter].device)
+            buffer = self._allocate(chunk)
             initialise(chunk, buffer, self._params)
             self._buffers[chunk.index] = buffer
         return self._buffers[chunk.index]
-
-    def _allocate(self, nbytes: int, device: torch.device) -> Tensor:
-        return torch.empty(nbytes, dtype=torch.uint8, device=device)
 
     peek = read
 
@@ -47,5 +45,5 @@ class MemoryStore:
     def snapshot(self, folder: Path) -> None:
         return None
 
-    def restore(self, folder: Path, manifest: dict) -> None:
-        raise AssertionError("a memory store writes no files")
+    def restore(self, saved: SavedChunks) -> bool:
+        return False

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from lowprec.optim.layout import Chunk
+from lowprec.optim.saved_chunks import SavedChunks
 
 
 class StateStore(Protocol):
@@ -44,12 +45,12 @@ class StateStore(Protocol):
         ...
 
     def snapshot(self, folder: Path) -> dict | None:
-        """Put a durable version of all chunks into ``folder`` and return what ``restore`` needs (JSON-able).
+        """Put a durable version of all chunks into ``folder``; returns what ``SavedChunks`` needs (JSON-able).
 
         None from a store that keeps no files: its states are then written by parameter name.
         """
         ...
 
-    def restore(self, folder: Path, manifest: dict) -> None:
-        """Continue from a folder that ``snapshot`` filled, of the same chunks; the folder is only read."""
+    def restore(self, saved: SavedChunks) -> bool:
+        """Continue from the files of a checkpoint, which are only read; False where they are not cut as this store's."""
         ...

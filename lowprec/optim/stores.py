@@ -1,5 +1,6 @@
 """``state_store`` by name: the one place that knows all stores."""
 
+import json
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -7,13 +8,18 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import UserError
+from lowprec.optim.disk import Disk, HostMemory
 from lowprec.optim.format import StateFormat
-from lowprec.optim.layout import make_layout
+from lowprec.optim.layout import Chunk, make_layout
 from lowprec.optim.memory_store import MemoryStore
+from lowprec.optim.ssd_store import SsdStore
+from lowprec.optim.staged_store import StagedStore
 from lowprec.optim.store import StateStore
 
 STATE_STORES = ("gpu", "cpu", "ssd")
 CHUNK_BYTES = 8 << 20
+THREADS = 8
+TUNED_FILE = "lowprec-tuned.json"
 
 
 def open_store(
@@ -23,25 +29,67 @@ def open_store(
     params: Sequence[Tensor],
     formats: dict[int, StateFormat],
     devices: dict[int, torch.device],
+    *,
+    chunk_bytes: int | None = None,
+    threads: int | None = None,
+    pinned_gib: float = 2.0,
+    reserve_checkpoints: int = 1,
+    disk: Disk | None = None,
 ) -> StateStore:
     """The store of the parameters numbered in ``formats``, which are updated on ``devices``.
 
-    Raises UserError where the choice cannot be had.
+    Args:
+        chunk_bytes: bytes of a transfer of the cpu and ssd stores. By default what ``lowprec bench ssd`` found best for
+            ``path``, or else 8 MiB.
+        threads: threads that read, and as many that write (ssd). By default as ``chunk_bytes``, or else 8.
+        pinned_gib: the most host memory for the buffers of the ssd store, GiB.
+        reserve_checkpoints: checkpoints on the disk of ``path`` whose space the ssd store reserves at the start.
+        disk: the system calls of the ssd store.
+
+    Raises:
+        UserError: the choice cannot be had.
     """
     if state_store not in STATE_STORES:
         raise UserError(f"state_store={state_store!r} is unknown: choose one of {', '.join(STATE_STORES)}.")
-    if path is not None and state_store != "ssd":
-        raise UserError(
-            f"state_store={state_store} keeps no files: remove state_store.path, or choose state_store=ssd."
-        )
+    if (path is None) == (state_store == "ssd"):
+        remedy = "set state_store.path to a folder on the disk" if path is None else "remove state_store.path, or choose ssd"
+        raise UserError(f"state_store={state_store} {'needs a path' if path is None else 'keeps no files'}: {remedy}.")
     numels = {i: params[i].numel() for i in formats}
     if state_store == "gpu":
-        return MemoryStore(make_layout(numels, formats, None), params)
+
+        def beside(chunk: Chunk) -> Tensor:
+            return torch.empty(chunk.nbytes, dtype=torch.uint8, device=params[chunk.pieces[0].parameter].device)
+
+        return MemoryStore(make_layout(numels, formats, None), params, beside)
     if len(set(devices.values())) > 1:
         places = ", ".join(sorted(map(str, set(devices.values()))))
-        raise UserError(
-            f"state_store={state_store} streams to one device, but the weights are on {places}: choose gpu."
-        )
+        raise UserError(f"state_store={state_store} streams to one device, but the weights are on {places}: choose gpu.")
+    device = next(iter(devices.values()), torch.device("cpu"))
+    paths = [] if path is None else [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
+    tuned = read_tuned(paths[0]) if paths else {}
+    chunk_bytes = chunk_bytes or tuned.get("chunk_bytes", CHUNK_BYTES)
+    chunks = make_layout(numels, formats, chunk_bytes)
+    host: StateStore
     if state_store == "cpu":
-        return MemoryStore(make_layout(numels, formats, CHUNK_BYTES), params, torch.device("cpu"))
-    raise UserError("soon")
+        memory = HostMemory(sum(-(-chunk.nbytes // 4096) * 4096 for chunk in chunks), pin=device.type == "cuda")
+        host = MemoryStore(chunks, params, lambda chunk: memory.take(chunk.nbytes))
+    else:
+        host = SsdStore(
+            chunks,
+            names,
+            params,
+            paths,
+            chunk_bytes=chunk_bytes,
+            pinned_gib=pinned_gib,
+            reserve_checkpoints=reserve_checkpoints,
+            threads=threads or tuned.get("threads", THREADS),
+            pin=device.type == "cuda",
+            disk=disk,
+        )
+    return StagedStore(host, device) if device.type == "cuda" else host
+
+
+def read_tuned(path: Path) -> dict[str, int]:
+    """What ``lowprec bench ssd`` kept for this path: ``chunk_bytes`` and ``threads``; empty where it never ran."""
+    file = path / TUNED_FILE
+    return json.loads(file.read_text()) if file.exists() else {}
