@@ -38,8 +38,8 @@ class UpdateInBackward:
         ]
 
     def begin(self) -> None:
-        """Expect every gradient once more."""
-        self.norm_squared = torch.zeros_like(self.norm_squared)
+        """Expect every gradient once more; the norm of the last ones stays until the first of them comes."""
+        self._is_first = True
         self.order = []
         self._missing = {index: len(members) for index, members in self._members.items()}
         self._left = {i: len(chunks) for i, chunks in self._chunks_of.items()}
@@ -48,6 +48,9 @@ class UpdateInBackward:
     def _arrived(self, parameter: int) -> None:
         grad = self._params[parameter].grad
         assert grad is not None
+        if self._is_first:
+            self._is_first = False
+            self.norm_squared = torch.zeros_like(self.norm_squared)
         norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
         self.norm_squared = self.norm_squared + (norm * norm).to(self.norm_squared.device)
         for chunk in self._chunks_of[parameter]:

@@ -118,8 +118,9 @@ class AdamWOptions(OptimizerOptions):
 
     state_dtype: str = "fp32"
     """Of both moments: fp32, bf16 or int8."""
-    master: str = "split"
-    """Of bf16 weights: split (the missing 16 bits of an fp32 master), fp32 (a whole master) or none (stochastic rounding)."""
+    master: str = "fp32"
+    """Of bf16 weights: fp32 (a whole master), split (the 16 bits that a bf16 weight lacks: the same numbers, 2 bytes a
+    parameter less) or none (stochastic rounding)."""
 
     def __post_init__(self) -> None:
         OptimizerOptions.__post_init__(self)

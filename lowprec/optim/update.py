@@ -83,7 +83,24 @@ def update(slices: Sequence[Slice], found_inf: Tensor | None) -> None:
         elif piece.param.is_cuda:
             from lowprec_kernels.adamw import triton_kernel  # imported where it runs: lowprec itself needs no Triton
 
-            triton_kernel.run(piece, found_inf)
+            hyper = piece.steps.hyper
+            first, second = piece.steps.corrections
+            triton_kernel.run(
+                piece.param,
+                piece.grad,
+                piece.states,
+                step=piece.steps.counts[piece.index],
+                corrections=(first[piece.index], second[piece.index]),
+                lr=hyper.lr,
+                beta1=hyper.beta1,
+                beta2=hyper.beta2,
+                eps=hyper.eps,
+                weight_decay=hyper.weight_decay,
+                maximize=hyper.maximize,
+                start=piece.start,
+                key=piece.key,
+                found_inf=found_inf,
+            )
         else:
             for start in range(0, piece.param.numel(), SLICE):
                 _update_decoded(piece, start, min(start + SLICE, piece.param.numel()), found_inf)
