@@ -129,18 +129,19 @@ class Encoder:
         return encoded
 
     def _encode_rendered(self, text: str, spans: list[Span]) -> Tokens:
-        spans = [(start, self._end_of_turn(text, start, end)) for start, end in spans]
         tokens = self._tokenise(text, spans, add_special_tokens=False)
         stops = bool(spans) and self._ends_with_marker.search(text[: spans[-1][1]])
         return tokens if stops or not spans else self._with_end(tokens)
 
-    def _end_of_turn(self, text: str, start: int, end: int) -> int:
-        """Move the end of an answer to just after the marker that ends its turn, if there is one."""
-        following = self._marker.match(text, end)
-        if following:
-            return following.end()
+    def _until_marker(self, text: str, start: int, end: int) -> Span:
+        """Without the white space behind the marker that ends the turn: the model has stopped by then."""
         without_space = start + len(text[start:end].rstrip())
-        return without_space if self._ends_with_marker.search(text[start:without_space]) else end
+        return start, without_space if self._ends_with_marker.search(text[start:without_space]) else end
+
+    def _with_marker(self, text: str, start: int, end: int) -> Span:
+        """With the marker that follows, where the template leaves it out of its generation."""
+        following = None if self._ends_with_marker.search(text[start:end].rstrip()) else self._marker.match(text, end)
+        return start, following.end() if following else end
 
     def _answers(self, messages: list[dict], trained: list[bool], tools: Any) -> tuple[str, list[Span] | None]:
         """The rendered text and the characters of the trained answers; None where the prefix rule is broken."""
@@ -154,7 +155,7 @@ class Encoder:
             after = text if index + 1 == len(messages) else self._render(messages[: index + 1], tools)
             if not (text.startswith(after) and after.startswith(before)):
                 return text, None
-            spans.append((len(before), len(after)))
+            spans.append(self._until_marker(text, len(before), len(after)))
         return text, spans
 
     def _marked_answers(
@@ -174,7 +175,11 @@ class Encoder:
                 "messages",
                 f"the chat template marks {len(marks)} generations in a conversation of {len(turns)} assistant turns",
             )
-        return text, [tuple(mark) for turn, mark in zip(turns, marks, strict=True) if trained[turn]]
+        return text, [
+            self._until_marker(text, *self._with_marker(text, *mark))
+            for turn, mark in zip(turns, marks, strict=True)
+            if trained[turn]
+        ]
 
     def _render(self, messages: list[dict], tools: Any, *, add_generation_prompt: bool = False) -> str:
         return self._refusals_named(
