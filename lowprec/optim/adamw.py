@@ -18,6 +18,7 @@ from lowprec.optim.layout import Chunk, gather, scatter
 from lowprec.optim.saved_chunks import SavedChunks
 from lowprec.optim.steps import Round, StepCounts
 from lowprec.optim.stores import open_store
+from lowprec.optim.traffic import drive_facts
 from lowprec.optim.update import Slice, update
 
 
@@ -99,6 +100,7 @@ class AdamW(torch.optim.Optimizer):
         self._in_backward: UpdateInBackward | None = None
         self._facts = {"state_store": state_store, "state_dtype": state_dtype, "master": master, "drive_tbw": drive_tbw}
         self._has_states = False
+        self._num_steps = 0
         self._built = True
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -128,6 +130,7 @@ class AdamW(torch.optim.Optimizer):
         self._update([chunk for chunk in self._order if chunk.index not in current.finished])
         self._counts.advance(current.updated, self._skip())
         self._round = None
+        self._num_steps += 1
         if self._in_backward is not None:
             done = self._in_backward.order
             self._order = done + [chunk for chunk in self._order if chunk.index not in current.finished]
@@ -211,6 +214,28 @@ class AdamW(torch.optim.Optimizer):
         blocks = {field.name: field.block for field in self._formats[parameter].fields}
         shape = self._params[parameter].shape
         return {name: array.view(shape) if blocks[name] == 1 else array for name, array in fields.items()}
+
+    def statistics(self, num_steps: int | None = None) -> dict[str, Any]:
+        """What the report shows of the states: their place, size and traffic so far, and the wear of the drive.
+
+        With ``num_steps``, the optimizer steps of the whole run, the bytes written so far are projected to its end.
+        """
+        numel = sum(self._params[i].numel() for i in self._formats)
+        nbytes = sum(format.nbytes(self._params[i].numel()) for i, format in self._formats.items())
+        facts = {key: self._facts[key] for key in ("state_store", "state_dtype", "master")}
+        facts |= {
+            "parameters": numel,
+            "bytes_per_parameter": nbytes / max(numel, 1),
+            "states_gib": nbytes / 2**30,
+            "updates_in_backward": self._in_backward is not None,
+            "steps": self._num_steps,
+        }
+        return facts | drive_facts(self._store.traffic, self._num_steps, num_steps, self._facts["drive_tbw"])
+
+    @property
+    def notes(self) -> list[str]:
+        """What a user should know of the store, such as a file system without O_DIRECT; one sentence each."""
+        return self._store.notes
 
     def flush(self) -> None:
         """Wait until all states are durable in their store."""

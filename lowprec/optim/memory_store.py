@@ -8,6 +8,7 @@ from torch import Tensor
 
 from lowprec.optim.layout import Chunk, initialise
 from lowprec.optim.saved_chunks import SavedChunks
+from lowprec.optim.traffic import Traffic
 
 
 class MemoryStore:
@@ -20,6 +21,8 @@ class MemoryStore:
         self._params = params
         self._allocate = allocate
         self._buffers: dict[int, Tensor] = {}
+        self.traffic: Traffic | None = None  # nothing is moved to a disk
+        self.notes: list[str] = []
 
     def prefetch(self, order: Sequence[Chunk]) -> None:
         """Nothing to do: the states are here."""

@@ -5,7 +5,6 @@ import time
 from collections import deque
 from collections.abc import Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -18,21 +17,9 @@ from lowprec.optim.layout import Chunk, initialise
 from lowprec.optim.path_lock import PathLock, leftovers
 from lowprec.optim.saved_chunks import SavedChunks, places
 from lowprec.optim.ssd_files import Record, Version, checksum, keep, make_slots
+from lowprec.optim.traffic import Traffic
 
 MIN_BUFFERS = 4
-
-
-@dataclass
-class Traffic:
-    """What the store has moved, and how long the training loop waited for it."""
-
-    bytes_read: int = 0
-    bytes_written: int = 0
-    read_s: float = 0.0
-    """Time in reads, summed over threads."""
-    write_s: float = 0.0
-    unhidden_s: float = 0.0
-    """Time that the caller stood still for a read, a buffer or a flush."""
 
 
 class SsdStore:

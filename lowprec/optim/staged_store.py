@@ -23,6 +23,8 @@ class StagedStore:
     def __init__(self, host: StateStore, device: torch.device):
         self.host = host
         self.chunks = host.chunks
+        self.traffic = host.traffic
+        self.notes = host.notes
         largest = max((chunk.nbytes for chunk in host.chunks), default=0)
         self._buffers = [torch.empty(largest, dtype=torch.uint8, device=device) for _ in range(DEPTH)]
         self._drained: list[torch.cuda.Event | None] = [None] * DEPTH

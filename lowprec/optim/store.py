@@ -9,16 +9,20 @@ from torch import Tensor
 
 from lowprec.optim.layout import Chunk
 from lowprec.optim.saved_chunks import SavedChunks
+from lowprec.optim.traffic import Traffic
 
 
 class StateStore(Protocol):
     """Keeps the chunks of one optimizer. Every ``read`` is followed by a ``write`` of the same chunk before its next one.
 
+    ``traffic`` is None where no disk takes part; ``notes`` are sentences for the user.
     ``resident``: the buffers of ``read`` stay valid together, so that all chunks may be updated at once.
     """
 
     chunks: list[Chunk]
     resident: bool
+    traffic: Traffic | None
+    notes: list[str]
 
     def prefetch(self, order: Sequence[Chunk]) -> None:
         """Announce the chunks that will be read next, in that order; a store that reads ahead begins now."""

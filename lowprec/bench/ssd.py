@@ -1,0 +1,145 @@
+"""``lowprec bench ssd --path P``: what the disk gives to the ssd store's pattern of reads and writes, and the best setting.
+
+Every transfer is whole, aligned and past the page cache, as the store's are. ``mixed`` writes as many bytes as it reads,
+the writes following the reads at a distance: what an optimizer step does.
+"""
+
+import json
+import threading
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from rich.table import Table
+
+from lowprec.optim.disk import GIB, Disk, HostMemory, direct_refusal, reserve
+from lowprec.optim.path_lock import PREFIX, PathLock
+from lowprec.optim.stores import TUNED_FILE
+
+BLOCKS = tuple(mib << 20 for mib in (2, 8, 16))
+THREADS = (2, 8, 16)
+LEAD = 64  # slots by which the mixed pattern's reads lead its writes
+
+
+@dataclass(frozen=True)
+class Rate:
+    """One measured setting; rates in GB/s (1e9 bytes a second)."""
+
+    block_mib: float
+    threads: int
+    read_gb_s: float
+    write_gb_s: float
+    mixed_gb_s: float
+
+
+@dataclass(frozen=True)
+class SsdReport:
+    """All settings, and the sustained mixed rate of the best one, which is kept for runs on this path."""
+
+    path: str
+    direct: bool
+    rates: list[Rate]
+    best: Rate
+    sustained_mixed_gb_s: float
+    sustained_s: float
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+    def table(self) -> Table:
+        table = Table(title=f"{self.path}, {'O_DIRECT' if self.direct else 'through the page cache'}, GB/s")
+        for column in ("block MiB", "threads", "read", "write", "mixed, read + written"):
+            table.add_column(column, justify="right")
+        for rate in self.rates:
+            values = (f"{value:.2f}" for value in (rate.read_gb_s, rate.write_gb_s, rate.mixed_gb_s))
+            mark = " *" if rate == self.best else ""
+            table.add_row(f"{rate.block_mib:g}", f"{rate.threads}{mark}", *values)
+        table.caption = f"* kept for this path; sustained for {self.sustained_s:.0f} s: {self.sustained_mixed_gb_s:.2f} GB/s mixed"
+        return table
+
+
+class _Bench:
+    """A file of random bytes, and the transfers on it."""
+
+    def __init__(self, path: Path, nbytes: int, direct: bool):
+        self.nbytes = nbytes
+        disk = Disk()
+        remedy = "Free some space, or choose another path."
+        (self.file,) = reserve(disk, [path / f"{PREFIX}bench.bin"], [nbytes], [direct], remedy)
+        self._memory = HostMemory(max(THREADS) * 2 * max(BLOCKS), pin=False)
+        self._memory.tensor.random_()
+        contents = memoryview(self._memory.tensor.numpy())
+        self._buffers = [contents[i * max(BLOCKS) : (i + 1) * max(BLOCKS)] for i in range(2 * max(THREADS))]
+
+    def fill(self) -> None:
+        """Write the whole file once: a read of reserved blocks that were never written would not reach the disk."""
+        block = max(BLOCKS)
+        with ThreadPoolExecutor(8) as pool:
+            list(pool.map(lambda i: self.file.write(self._buffers[i % 8], i * block), range(self.nbytes // block)))
+
+    def rate(self, mode: str, block: int, threads: int, seconds: float) -> float:
+        """GB/s moved in ``seconds`` by ``threads`` readers, writers, or both."""
+        slots = self.nbytes // block
+        end = time.perf_counter() + seconds
+        moved = [0] * (2 * threads)
+        credit = threading.Semaphore(0)  # slots read and not yet written
+
+        def work(worker: int, transfer: Callable[[memoryview, int], None], writer_of_mixed: bool, index: int) -> None:
+            buffer = self._buffers[worker][:block]
+            while time.perf_counter() < end:
+                if writer_of_mixed and not credit.acquire(timeout=0.1):
+                    continue
+                transfer(buffer, index % slots * block)
+                moved[worker] += block
+                index += threads
+                if mode == "mixed" and not writer_of_mixed:
+                    credit.release()
+
+        jobs: list[tuple[int, Callable[[memoryview, int], None], bool, int]] = []
+        if mode in ("read", "mixed"):
+            jobs += [(i, self.file.read, False, i) for i in range(threads)]
+        if mode == "write":
+            jobs += [(i, self.file.write, False, i) for i in range(threads)]
+        if mode == "mixed":
+            jobs += [(threads + i, self.file.write, True, i + slots - LEAD % slots) for i in range(threads)]
+        begin = time.perf_counter()
+        with ThreadPoolExecutor(len(jobs)) as pool:
+            list(pool.map(lambda job: work(*job), jobs))
+        elapsed = time.perf_counter() - begin
+        total = sum(moved) if mode != "mixed" else 2 * min(sum(moved[:threads]), sum(moved[threads:]))
+        return total / elapsed / 1e9
+
+
+def run(path: str | Path, seconds: float = 45.0, size_gib: float = 2.0) -> SsdReport:
+    """Measure the disk under ``path`` for about ``seconds``, with a file of ``size_gib`` that is removed afterwards.
+
+    The best block and threads are kept in ``path`` and used by every ssd store there. Raises UserError where the space is
+    missing or a run holds the path.
+    """
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    lock = PathLock(path)
+    try:
+        direct = direct_refusal(Disk(), path) is None
+        bench = _Bench(path, int(size_gib * GIB) // max(BLOCKS) * max(BLOCKS), direct)
+        try:
+            bench.fill()
+            each = seconds * 0.7 / (len(BLOCKS) * len(THREADS) * 3)
+            rates = [
+                Rate(block / 2**20, threads, *(bench.rate(mode, block, threads, each) for mode in ("read", "write", "mixed")))
+                for block in BLOCKS
+                for threads in THREADS
+            ]
+            best = max(rates, key=lambda rate: rate.mixed_gb_s)
+            sustained_s = seconds * 0.25
+            block = int(best.block_mib * 2**20)
+            sustained = bench.rate("mixed", block, best.threads, sustained_s)
+        finally:
+            bench.file.remove()
+        (path / TUNED_FILE).write_text(json.dumps({"chunk_bytes": block, "threads": best.threads}))
+        return SsdReport(str(path), direct, rates, best, sustained, sustained_s)
+    finally:
+        lock.release()
