@@ -1,9 +1,8 @@
 """Whether prepared data suit a model: its vocabulary, its positions, and how its attention is cut in packed rows."""
 
-import warnings
-
 import torch
 from torch import nn
+from transformers import PreTrainedModel
 
 from lowprec.data.collate import collate
 from lowprec.data.prepare import PreparedData
@@ -16,26 +15,30 @@ _LEAK_LIMIT = 0.25
 by rounding alone (about 1e-6 in fp32, some hundredths in bf16), one that is not cut by about 1."""
 
 
-def fit_to_model(prepared: PreparedData, model: nn.Module) -> None:
+def fit_to_model(prepared: PreparedData, model: PreTrainedModel) -> list[str]:
     """Check the data against a loaded model, and settle how packed rows are cut. Call it once, before batching.
 
     Args:
         prepared: ``train`` and ``evaluation`` learn the model's :class:`PackedAttention`.
-        model: A causal language model of transformers, bare or with adapters, with ``config.use_cache`` false.
+        model: A causal language model, bare or with PEFT's adapters, with ``config.use_cache`` false.
+
+    Returns:
+        What the user should be told: samples longer than the texts that the model was trained on.
 
     Raises:
         UserError: the tokenizer has ids that the model has no embedding for, a row is longer than the model's table of
             positions, or packed samples would see each other in this architecture.
     """
-    _check_length(max(prepared.train.longest_sample, prepared.evaluation.longest_sample), model)
+    messages = _check_length(max(prepared.train.longest_sample, prepared.evaluation.longest_sample), model)
     _check_vocabulary(prepared.evaluation, model)
     if not isinstance(prepared.train, Stream):
         _check_vocabulary(prepared.train, model)
     if prepared.train.attention is not None:
         prepared.train.attention = prepared.evaluation.attention = packed_attention(model)
+    return messages
 
 
-def packed_attention(model: nn.Module) -> PackedAttention:
+def packed_attention(model: PreTrainedModel) -> PackedAttention:
     """Find by trial which inputs keep the samples of a packed row apart: the logits must be those of the sample alone.
 
     Raises:
@@ -63,7 +66,7 @@ def packed_attention(model: nn.Module) -> PackedAttention:
 
 
 @torch.no_grad()
-def _leak(model: nn.Module, attention: PackedAttention) -> float:
+def _leak(model: PreTrainedModel, attention: PackedAttention) -> float:
     """Deviation of a packed sample's logits from those it has alone, against the deviation where nothing is cut."""
     first, second = _sample([3, 14, 15, 9, 2, 6]), _sample([5, 35, 8, 9, 7, 93, 2, 38])
     both = [first["input_ids"] + second["input_ids"], first["labels"] + second["labels"]]
@@ -85,32 +88,32 @@ def _sample(ids: list[int]) -> Item:
     return {"input_ids": ids, "labels": ids, "lengths": [len(ids)]}
 
 
-def _logits(model: nn.Module, items: list[Item], attention: PackedAttention | None) -> torch.Tensor:
+def _logits(model: PreTrainedModel, items: list[Item], attention: PackedAttention | None) -> torch.Tensor:
     device = next(model.parameters()).device
     inputs = collate(items, 0, attention=attention)
     inputs.pop("labels")
     return model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.double().cpu()
 
 
-def _check_length(longest: int, model: nn.Module) -> None:
+def _check_length(longest: int, model: PreTrainedModel) -> list[str]:
     positions = getattr(model.config, "max_position_embeddings", None)
     if positions is None or longest <= positions:
-        return
+        return []
     text = f"the longest sample has {longest} tokens, and the model has {positions} positions"
     if _has_position_table(model, positions):
         raise UserError(f"{text}; set data.max_length={positions}.")
-    warnings.warn(f"{text}: it was trained on shorter texts. data.max_length={positions} keeps to them.", stacklevel=3)
+    return [f"{text}: it was trained on shorter texts. data.max_length={positions} keeps to them."]
 
 
-def _has_position_table(model: nn.Module, positions: int) -> bool:
+def _has_position_table(model: PreTrainedModel, positions: int) -> bool:
     """Whether positions are looked up (OPT's table has two rows more), so that none lies beyond the last."""
     tokens = model.get_input_embeddings()
     tables = (module for module in model.modules() if isinstance(module, nn.Embedding) and module is not tokens)
     return any(table.num_embeddings - positions in (0, 2) for table in tables)
 
 
-def _check_vocabulary(rows: Rows, model: nn.Module) -> None:
-    embeddings = model.get_input_embeddings().num_embeddings
+def _check_vocabulary(rows: Rows, model: PreTrainedModel) -> None:
+    embeddings = len(model.get_input_embeddings().weight)
     if rows.largest_id >= embeddings:
         raise UserError(
             f"the data hold the token id {rows.largest_id}, but the model embeds {embeddings} ids only: tokenizer and "

@@ -153,7 +153,8 @@ def _conversation(turns: Any, key: str, role_key: str, text_key: str, roles: Map
         raise RecordError(key, "is missing" if turns is None else f"is a {type(turns).__name__}, not a list of turns")
     if not turns:
         raise RecordError(key, "is empty")
-    messages, trained = [], []
+    messages: list[dict[str, Any]] = []
+    trained: list[bool] = []
     for index, turn in enumerate(turns):
         prefix = f"{key}[{index}]."
         if not isinstance(turn, Mapping):

@@ -50,7 +50,7 @@ class Data:
     """For prompt_completion and alpaca: as user and assistant turns where there is a chat template; false: as is."""
     train_on_prompt: bool = False
     """Loss on every token instead of on the assistant's turns or the completion alone."""
-    max_length: int = 1024
+    max_length: int = 2048
     """Longest sample, and the length of a packed row."""
     packing: bool = False
     """Several samples in a row of ``max_length``, none of which sees another."""

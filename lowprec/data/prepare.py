@@ -94,7 +94,7 @@ def prepare_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int) -
         length_histogram=length_histogram(train.num_tokens, data.max_length),
     )
     if data.packing:
-        summary.padding_share = 1 - summary.tokens / (len(train_rows) * data.max_length)
+        summary.padding_share = 1 - int(train.num_tokens.sum()) / (len(train_rows) * data.max_length)
     return PreparedData(
         train=train_rows,
         evaluation=_rows(evaluation, data),
@@ -180,6 +180,6 @@ def _prompts(evaluation: Samples | RowsInMemory, tokenizer: PreTrainedTokenizerB
     for index in range(min(NUM_PROMPTS, len(evaluation))):
         ids = evaluation[index]["input_ids"]
         length = evaluation.prompt_length(index) or max(1, len(ids) // 2)
-        reference = tokenizer.decode(ids[length:], skip_special_tokens=True).strip()
+        reference = str(tokenizer.decode(ids[length:], skip_special_tokens=True)).strip()
         prompts.append(Prompt(input_ids=ids[:length], reference=reference))
     return prompts

@@ -109,7 +109,8 @@ def _objects() -> Iterator[tuple[str, str, object]]:
 
 def _public_names(module: ModuleType) -> list[str]:
     names = getattr(module, "__all__", None) or vars(module)
-    return sorted(name for name in names if not name.startswith("_"))
+    # Hooks are there to be replaced, so what they are depends on what else runs in the process.
+    return sorted(name for name in names if not name.startswith("_") and not name.endswith(("hook", "showwarning")))
 
 
 def _belongs(value: object, module: ModuleType) -> bool:

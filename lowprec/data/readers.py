@@ -23,7 +23,9 @@ Reader = Callable[[Path, str], Iterator[Record]]
 
 def read_file(path: Path, name: str) -> Iterator[Record]:
     """Yield the records of one data file; ``name`` is how messages call it. A ``.gz`` file is read as what it holds."""
-    yield from READERS[kind_of(path)](path, name)
+    kind = kind_of(path)
+    assert kind is not None, f"{name} is not a data file"
+    yield from READERS[kind](path, name)
 
 
 def kind_of(path: Path) -> str | None:
@@ -102,7 +104,7 @@ def _read_json(path: Path, name: str) -> Iterator[Record]:
 
 
 def _read_csv(path: Path, name: str) -> Iterator[Record]:
-    """Rows count from 1 after the header; an empty cell is an empty string, a cell that is not there is missing."""
+    """Rows count from 1 after the header; an empty cell, and one that a short row lacks, is an empty string."""
     separator = "\t" if kind_of(path) == ".tsv" else ","
     row = 0
     try:
@@ -112,8 +114,7 @@ def _read_csv(path: Path, name: str) -> Iterator[Record]:
             columns = [str(column) for column in chunk.columns]
             for values in chunk.itertuples(index=False, name=None):
                 row += 1
-                fields = {c: v for c, v in zip(columns, values, strict=True) if isinstance(v, str)}
-                yield Record(where=f"{name}, row {row}", fields=fields)
+                yield Record(where=f"{name}, row {row}", fields=dict(zip(columns, values, strict=True)))
     except pd.errors.EmptyDataError:
         return
     except pd.errors.ParserError as error:
