@@ -4,7 +4,7 @@ from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
 
 from lowprec.data.chat import IGNORE, Encoder, Tokens
-from lowprec.data.layouts import Passage, content_key, detect_layout, read_sample
+from lowprec.data.layouts import Fields, Passage, content_key, detect_layout, read_sample, rename_columns
 from lowprec.data.options import Data
 from lowprec.data.records import Record, RecordError
 from lowprec.errors import UserError
@@ -58,9 +58,10 @@ class Builder:
         self.counts.records += 1
         if record.fields is None:
             raise RecordError("", record.problem or "holds nothing")
-        layout = self._layout(record)
+        fields = rename_columns(record.fields, self.options.columns)
+        layout = self._layout(record.where, fields)
         self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
-        sample = read_sample(record.fields, layout, self.options, has_template=self.encoder.has_template)
+        sample = read_sample(fields, layout, self.options, has_template=self.encoder.has_template)
         key = record.split_key or content_key(sample.content())
         encoded = self.encoder.encode(sample)
         self.counts.conversations_by_answer += len(encoded) > 1
@@ -84,12 +85,12 @@ class Builder:
         self.counts.samples += len(samples)
         return samples
 
-    def _layout(self, record: Record) -> str:
+    def _layout(self, where: str, fields: Fields) -> str:
         if self.options.format != "auto":
             return self.options.format
-        file = record.where.partition(", ")[0]
+        file = where.partition(", ")[0]
         if file not in self._layout_of:
-            self._layout_of[file] = detect_layout(record.fields or {})
+            self._layout_of[file] = detect_layout(fields)
         return self._layout_of[file]
 
     def _to_length(self, tokens: Tokens, splittable: bool) -> Iterator[Tokens]:

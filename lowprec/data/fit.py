@@ -113,7 +113,7 @@ def _has_position_table(model: PreTrainedModel, positions: int) -> bool:
 
 
 def _check_vocabulary(rows: Rows, model: PreTrainedModel) -> None:
-    embeddings = len(model.get_input_embeddings().weight)
+    embeddings = model.get_input_embeddings().weight.shape[0]  # type: ignore[index]  # a weight, not a module
     if rows.largest_id >= embeddings:
         raise UserError(
             f"the data hold the token id {rows.largest_id}, but the model embeds {embeddings} ids only: tokenizer and "

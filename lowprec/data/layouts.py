@@ -3,10 +3,10 @@
 import hashlib
 import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from lowprec.data.options import Data
+from lowprec.data.options import Columns, Data
 from lowprec.data.records import RecordError
 
 Fields = Mapping[str, Any]
@@ -95,25 +95,30 @@ def detect_layout(fields: Fields) -> str:
     raise RecordError(
         "",
         f"its fields ({', '.join(map(str, fields)) or 'none'}) tell no known layout: messages, conversations "
-        "(sharegpt), prompt + completion, instruction + output (alpaca), or text. Rename them, or set data.format and "
-        "data.columns, for instance data.format=prompt_completion data.columns={prompt: question, completion: answer}",
+        "(sharegpt), prompt + completion, instruction + output (alpaca), or text. Name its own fields by data.columns, "
+        "for instance data.columns.prompt=question data.columns.completion=answer",
     )
+
+
+def rename_columns(fields: Fields, columns: Columns) -> Fields:
+    """The fields under the names of the layouts."""
+    own_names = {name: own for name, own in asdict(columns).items() if own is not None and own in fields}
+    kept = {name: value for name, value in fields.items() if name not in own_names.values()}
+    return kept | {name: fields[own] for name, own in own_names.items()}
 
 
 def read_sample(fields: Fields, layout: str, options: Data, *, has_template: bool) -> Sample:
     """Turn a record's fields into a conversation or a passage.
 
     Args:
-        fields: The record as read.
+        fields: The record, with its columns renamed.
         layout: One of ``FORMATS`` without ``auto``.
-        options: The recipe's group ``data`` (``columns``, ``system_prompt``, ``apply_chat_template`` are used).
+        options: The recipe's group ``data`` (``system_prompt`` and ``apply_chat_template`` are used).
         has_template: Whether the tokenizer can render conversations.
 
     Raises:
         RecordError: a field is missing, empty, of another type, or the turns are out of order.
     """
-    if options.columns:
-        fields = dict(fields) | {name: fields[own] for name, own in options.columns.items() if own in fields}
     as_chat = has_template and options.apply_chat_template
     sample = LAYOUTS[layout](fields, as_chat)
     if isinstance(sample, Conversation) and options.system_prompt and sample.messages[0]["role"] != "system":

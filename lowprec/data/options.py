@@ -1,7 +1,7 @@
 """The recipe's group ``data``: where the text is, how it is read, and how long a sample may be."""
 
 from dataclasses import dataclass, field
-from typing import Dict, Optional  # noqa: UP035  # OmegaConf reads these as the types of a recipe's fields
+from typing import Optional
 
 from omegaconf import MISSING
 
@@ -10,6 +10,22 @@ from lowprec.errors import UserError
 FORMATS = ("auto", "messages", "sharegpt", "prompt_completion", "alpaca", "text")
 OVERLONG = ("truncate", "drop", "split")
 UNTRAINED = ("error", "drop")
+
+
+@dataclass(kw_only=True, slots=True)
+class Columns:
+    """The data's own names for the fields of a layout: ``data.columns.prompt=question``."""
+
+    messages: Optional[str] = None  # noqa: UP045
+    conversations: Optional[str] = None  # noqa: UP045
+    prompt: Optional[str] = None  # noqa: UP045
+    completion: Optional[str] = None  # noqa: UP045
+    instruction: Optional[str] = None  # noqa: UP045
+    input: Optional[str] = None  # noqa: UP045
+    output: Optional[str] = None  # noqa: UP045
+    text: Optional[str] = None  # noqa: UP045
+    system: Optional[str] = None  # noqa: UP045
+    tools: Optional[str] = None  # noqa: UP045
 
 
 @dataclass(kw_only=True, slots=True)
@@ -30,8 +46,8 @@ class Data:
     """With ``streaming`` and no ``eval_path``: how many samples at the head of the stream are held out."""
     format: str = "auto"
     """auto (by the fields of each file's first record), messages, sharegpt, prompt_completion, alpaca or text."""
-    columns: Dict[str, str] = field(default_factory=dict)  # noqa: UP006
-    """Names of the data's own columns for the fields of the format: ``{prompt: question, completion: answer}``."""
+    columns: Columns = field(default_factory=Columns)
+    """The data's own names of these fields, where they differ."""
     split: str = "train"
     """The split of a hub data set, or of a folder whose file names tell splits."""
     subset: Optional[str] = None  # noqa: UP045
@@ -77,8 +93,6 @@ class Data:
                 f"data.eval_fraction={self.eval_fraction} must lie between 0 and 1 (both excluded). "
                 "To evaluate on other data, set data.eval_path."
             )
-        if self.columns and self.format == "auto":
-            raise UserError("data.columns renames the fields of one format: name it with data.format.")
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:

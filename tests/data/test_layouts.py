@@ -7,8 +7,16 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from lowprec.data.layouts import ALPACA_WITH_INPUT, Conversation, Passage, content_key, detect_layout, read_sample
-from lowprec.data.options import Data
+from lowprec.data.layouts import (
+    ALPACA_WITH_INPUT,
+    Conversation,
+    Passage,
+    content_key,
+    detect_layout,
+    read_sample,
+    rename_columns,
+)
+from lowprec.data.options import Columns, Data
 from lowprec.data.records import RecordError
 
 USER, ASSISTANT = {"role": "user", "content": "q"}, {"role": "assistant", "content": "a"}
@@ -57,9 +65,9 @@ def test_all_layouts_come_to_the_same_conversation(fields: dict) -> None:
 
 
 def test_columns_rename_fields() -> None:
-    columns = {"prompt": "question", "completion": "answer"}
-    sample = read({"question": "q", "answer": "a"}, format="prompt_completion", columns=columns)
-    assert isinstance(sample, Conversation) and sample.messages == [USER, ASSISTANT]
+    columns = Columns(prompt="question", completion="prompt", input="not there")
+    fields = rename_columns({"question": "q", "prompt": "a", "id": 1}, columns)
+    assert fields == {"prompt": "q", "completion": "a", "id": 1}
 
 
 def test_without_template_or_on_request_the_text_stays_as_it_is() -> None:

@@ -12,6 +12,7 @@ from rich.console import Console
 from transformers import PreTrainedTokenizerBase
 
 from lowprec.data import Data, PreparedData, prepare_data
+from lowprec.data.options import Columns
 from lowprec.errors import UserError
 
 Write = Callable[..., Path]
@@ -63,6 +64,14 @@ def test_kinds_and_layouts_mix_in_a_folder(tmp_path: Path, prepare: Prepare) -> 
     assert prepared.summary.read.layouts == {"prompt_completion": 3, "alpaca": 2, "text": 2}
     assert prepared.format == "alpaca + prompt_completion + text"
     assert len(prepared.train) == 6 and len(prepared.evaluation) == 1
+
+
+def test_columns_of_the_user_tell_the_layout(jsonl: Write, prepare: Prepare) -> None:
+    path = jsonl(*({"question": f"q{i}", "answer": "a"} for i in range(4)))
+    with pytest.raises(UserError, match=r"question, answer.*data\.columns\.prompt=question"):
+        prepare(path)
+    prepared = prepare(path, columns=Columns(prompt="question", completion="answer"))
+    assert prepared.format == "prompt_completion"
 
 
 def test_a_file_s_layout_is_that_of_its_first_record(jsonl: Write, prepare: Prepare) -> None:
@@ -186,7 +195,6 @@ def test_packed_rows_and_their_padding(jsonl: Write, prepare: Prepare) -> None:
         ({"max_length": 1}, r"data\.max_length=1 is too small"),
         ({"max_samples": 0}, r"data\.max_samples=0"),
         ({"eval_fraction": 1.0}, r"data\.eval_fraction=1\.0"),
-        ({"columns": {"prompt": "q"}}, r"data\.columns.*data\.format"),
     ],
 )
 def test_bad_options_are_refused(options: dict, message: str) -> None:
