@@ -4,6 +4,7 @@ import argparse
 import json
 import os
 import sys
+import warnings
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
@@ -49,10 +50,13 @@ examples:
 def main(arguments: Sequence[str] | None = None) -> int:
     """Run a command line. Returns the exit code; errors that a user can cause are one paragraph on standard error."""
     parser = _parser()
-    options, extra = parser.parse_known_intermixed_args(arguments)
-    # argparse takes '+key=value' and '~key' as they come; what still begins with a dash is a mistake.
-    if extra:
-        parser.error(f"unknown option {extra[0]}; keys are given as key=value, without dashes")
+    options, rest = parser.parse_known_args(arguments)
+    # argparse stops collecting key=value at the first option (-m), so those after it arrive in ``rest``.
+    wrong = [argument for argument in rest if argument.startswith("-") or not hasattr(options, "overrides")]
+    if wrong:
+        parser.error(f"unknown argument {wrong[0]}; keys are given as key=value, without dashes")
+    if rest:
+        options.overrides += rest
     # Read by PyTorch when CUDA starts: without it, lengths that change from batch to batch fragment the memory.
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
@@ -88,7 +92,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes = verb("recipes", _recipes, "List, show or copy recipes.", _RECIPES_HELP)
     recipes.add_argument("action", choices=["ls", "show", "cp"])
     recipes.add_argument("recipe", nargs="?")
-    recipes.add_argument("rest", nargs="*", metavar="key=value | target.yaml")
+    recipes.add_argument("overrides", nargs="*", metavar="key=value | target.yaml")
 
     merge = verb("merge", _merge, "Merge an adapter into its 16-bit base, tensor by tensor.", _MERGE_HELP)
     merge.add_argument("adapter", help="a run folder, or a PEFT adapter folder")
@@ -115,6 +119,7 @@ def _train(options: argparse.Namespace) -> int:
         return sweep(options.recipe, options.overrides)
     recipe, messages = resolve(options.recipe, options.overrides)
     console = Console()
+    _quiet_libraries(console)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for message in messages:
             console.print(f"[yellow]Note:[/] {_escape(message)}", highlight=False)
@@ -134,15 +139,15 @@ def _recipes(options: argparse.Namespace) -> int:
     elif options.recipe is None:
         raise UserError(f"lowprec recipes {options.action} needs the name of a recipe: {', '.join(shipped_recipes())}.")
     elif options.action == "cp":
-        if len(options.rest) != 1:
+        if len(options.overrides) != 1:
             raise UserError("lowprec recipes cp needs one target: lowprec recipes cp lora my_lora.yaml.")
-        print(f"wrote {copy_recipe(options.recipe, options.rest[0])}")
-    elif not options.rest and options.recipe in shipped_recipes():
+        print(f"wrote {copy_recipe(options.recipe, options.overrides[0])}")
+    elif not options.overrides and options.recipe in shipped_recipes():
         print(recipe_text(options.recipe), end="")
     else:
         from lowprec.config import resolve
 
-        print(resolve(options.recipe, options.rest)[0].to_yaml(), end="")
+        print(resolve(options.recipe, options.overrides)[0].to_yaml(), end="")
     return 0
 
 
@@ -169,6 +174,15 @@ def _completion(options: argparse.Namespace) -> int:
 
     print(script(options.shell), end="")
     return 0
+
+
+def _quiet_libraries(console: Console) -> None:
+    """Keep other libraries' bars out of log files, and their notes to developers away from users."""
+    from transformers.utils import logging
+
+    if not console.is_terminal:
+        logging.disable_progress_bar()
+    warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
 
 
 def _version() -> str:

@@ -1,5 +1,6 @@
 """The recipe's schema, and ``resolve()``: the one gate from YAML and ``key=value`` to typed, checked objects."""
 
+import re
 import tempfile
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -35,6 +36,8 @@ class Recipe:
     defaults: list[Any] = field(
         default_factory=lambda: [
             "_self_",
+            {"model": None},
+            {"data": None},
             {"weights": "bf16"},
             {"adapter": "none"},
             {"optimizer": "adamw"},
@@ -114,7 +117,7 @@ def _config_folder(recipe: str) -> Iterator[tuple[str, str, list[str], list[str]
         body = OmegaConf.to_container(OmegaConf.load(path))
     except Exception as error:
         raise UserError(f"{path.name} is not readable as YAML: {' '.join(str(error).split())}") from error
-    if not isinstance(body, dict):
+    if not isinstance(body, dict) or not body:
         raise UserError(f"{path.name} holds no keys. Begin it with 'defaults: [lora, _self_]' and the keys to change.")
     renamed, messages = override_rules.rename_yaml_aliases(body, path.name)
     with tempfile.TemporaryDirectory() as folder:
@@ -143,29 +146,36 @@ def _compose(folder: str, name: str, search_path: list[str], overrides: list[str
     except MissingConfigException as error:
         missing = error.missing_cfg_file or "?"
         group, _, choice = str(missing).removesuffix(".yaml").rpartition("/")
-        choices = ", ".join(option_names(group) or _presets(group)) if group else ", ".join(shipped_recipes())
-        raise UserError(f"{name}: there is no '{choice}' for {group or 'defaults'}. Choose one of: {choices}.") from error
+        raise UserError(
+            f"{name}: there is no '{choice}' for {group or 'defaults'}. Choose one of: {', '.join(_choices(group))}."
+        ) from error
     except (ConfigCompositionException, OmegaConfBaseException, HydraException) as error:
-        raise UserError(_explain(name, error, folder, search_path)) from error
+        raise UserError(_explain(name, error)) from error
 
 
-def _presets(group: str) -> list[str]:
+def _choices(group: str) -> list[str]:
+    if group in override_rules.OPTION_GROUPS:
+        return option_names(group)
     return sorted(file.stem for file in (SHIPPED / group).glob("*.yaml"))
 
 
-def _explain(name: str, error: Exception, folder: str, search_path: list[str]) -> str:
+def _explain(name: str, error: Exception) -> str:
     """Hydra's nested errors as one sentence with the key."""
-    cause: BaseException | None = error
-    while cause is not None and not isinstance(cause, OmegaConfBaseException):
-        cause = cause.__cause__
-    if cause is None or not cause.full_key:
-        return f"{name}: {' '.join(str(error).split())}"
-    key = cause.full_key
-    if isinstance(cause, ValidationError) and "not a subclass" not in str(cause):
-        return f"{key}: {str(cause).splitlines()[0]}."
+    text = " ".join(str(error).split())
+    twice = re.search(r"(\w+) appears more than once in the final defaults list", text)
+    if twice:
+        return f"{name}: write '- override {twice[1]}: ...' in its defaults list, to replace the choice that is made already."
+    causes = [error]
+    while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and isinstance(cause, Exception):
+        causes.append(cause)
+    named = next((c for c in reversed(causes) if isinstance(c, OmegaConfBaseException) and c.full_key), None)
+    if named is None:
+        return f"{name}: {text}"
+    if isinstance(named, ValidationError):
+        return f"{named.full_key}: {str(named).splitlines()[0]}."
     with initialize_config_dir(str(SHIPPED), version_base="1.3"):
         schema = compose(SCHEMA_NAME)
-    return f"{name}: {override_rules.unknown_key(key, schema)}"
+    return f"{name}: {override_rules.unknown_key(named.full_key, schema)}"
 
 
 def _build(config: DictConfig) -> Recipe:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
-from hydra.errors import OverrideParseException
+from hydra.errors import HydraException
 from omegaconf import DictConfig, OmegaConf
 
 from lowprec.errors import UserError
@@ -44,7 +44,7 @@ def parse_overrides(arguments: Iterable[str]) -> list[Override]:
     for argument in arguments:
         try:
             override = OverridesParser.create().parse_override(argument)
-        except OverrideParseException as error:
+        except HydraException as error:
             raise UserError(
                 f"'{argument}' is not of the form key=value ({str(error).splitlines()[0]}). Quote values that hold "
                 "spaces, commas or brackets, for example 'data.path=\"my file.jsonl\"'."

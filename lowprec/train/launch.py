@@ -2,11 +2,12 @@
 
 import importlib.util
 
-from accelerate import Accelerator, DistributedType
+from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.utils import broadcast_object_list
 
 from lowprec.config import Recipe
 from lowprec.errors import UserError
+from lowprec.model import settle_dtype
 from lowprec.run_folder import RunFolder, open_run
 from lowprec.train.options import AUTO
 
@@ -14,12 +15,15 @@ _SUPPORTED = (DistributedType.NO, DistributedType.MULTI_CPU, DistributedType.MUL
 _PRECISION = {"bf16": "bf16", "fp16": "fp16", "fp32": "no"}
 
 
-def start_accelerator(recipe: Recipe) -> Accelerator:
-    """Accelerate with the recipe's precision and trackers.
+def start_accelerator(recipe: Recipe) -> tuple[Accelerator, str | None]:
+    """Accelerate with the recipe's precision and trackers, and what the user should be told of the precision.
+
+    ``model.dtype=auto`` is settled here, so that the recipe stored with the run says what it ran in.
 
     Raises:
         UserError: it was launched in a way that lowprec does not run, or a tracker is not installed.
     """
+    note = settle_dtype(recipe.model, PartialState().device)
     accelerator = Accelerator(
         mixed_precision=_PRECISION[recipe.model.dtype],
         log_with=_trackers(recipe.train.report_to),
@@ -30,7 +34,7 @@ def start_accelerator(recipe: Recipe) -> Accelerator:
             f"accelerate launch asks for {accelerator.distributed_type.value}, which lowprec does not run. Use plain data "
             "parallelism (--multi_gpu, or --cpu with several processes), or a single process."
         )
-    return accelerator
+    return accelerator, note
 
 
 def claim_run_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder | None:

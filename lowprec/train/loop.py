@@ -10,7 +10,7 @@ from rich.console import Console
 
 from lowprec.checkpoint import atomic_folder, prune
 from lowprec.config import Recipe
-from lowprec.data import StepBatch, StepLoader, prepare_data
+from lowprec.data import StepBatch, StepLoader, fit_to_model, prepare_data
 from lowprec.display import Display
 from lowprec.model import COMPUTE_DTYPE, load_model, load_tokenizer
 from lowprec.optim.options import build_schedule
@@ -42,9 +42,11 @@ def train(recipe: Recipe, console: Console | None = None) -> Status:
     Raises:
         UserError: bad data, model or folder; a loss that is not finite; not enough memory; a full disk.
     """
-    accelerator = start_accelerator(recipe)
+    accelerator, note = start_accelerator(recipe)
     console = (console or Console()) if accelerator.is_main_process else Console(quiet=True)
     folder = claim_run_folder(recipe, accelerator)
+    if note is not None:
+        console.print(note, highlight=False)
     if folder is None:
         console.print(f"{recipe.train.output_dir} holds a finished run, and its final/ is whole. Nothing to do.")
         return Status.FINISHED
@@ -104,7 +106,7 @@ class Run:
                 "same command with train.resume_from_checkpoint=auto goes on from it."
             )
         else:
-            self.recorder.finish(report, [(p.prompt, p.reference) for p in self.data.prompts])
+            self.recorder.finish(report, [(self.tokenizer.decode(p.input_ids, skip_special_tokens=True), p.reference) for p in self.data.prompts])
         return status
 
     def _build(self) -> None:
@@ -115,12 +117,13 @@ class Run:
         self.console.print(self.data.summary)
         self.model = load_model(recipe.model)
         layers = wrap(self.model, recipe.weights, frozen=recipe.choice("adapter") != "none", device=device)
-        self.console.print(layers)
+        self.console.print(layers if layers.converted else layers.summary(), highlight=False)
         self.model = recipe.adapter.attach(self.model)
         self.model.config.use_cache = False
         if options.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.to(device).train()
+        data_notes = fit_to_model(self.data, self.model)
         self.optimizer = recipe.optimizer.build(self.model, recipe.state_store)
         self.loader = StepLoader(
             self.data,
@@ -138,7 +141,7 @@ class Run:
         self.wrapped = self.accelerator.prepare_model(self.model)
         prepared_optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.step = TrainStep(self.wrapped, prepared_optimizer, self.schedule, self.accelerator, options.max_grad_norm)
-        notes = recipe.optimizer.warnings(self.model, recipe.state_store)
+        notes = data_notes + recipe.optimizer.warnings(self.model, recipe.state_store)
         for note in notes:
             self.console.print(f"[yellow]Note:[/] {note}", highlight=False)
         self.recorder.facts.update(
