@@ -113,8 +113,8 @@ class Encoder:
             num_used = max((i + 1 for i, flag in enumerate(trained) if flag), default=len(messages))
             messages, trained = messages[:num_used], trained[:num_used]
         text, spans = self._answers(messages, trained, conversation.tools)
-        if spans is not None:
-            return [self._encode_rendered(text, spans)]
+        if spans is not None or self.train_on_prompt:
+            return [self._encode_rendered(text, spans or [])]
         encoded = []
         for index in (i for i, flag in enumerate(trained) if flag):
             last_only = [False] * index + [True]

@@ -153,15 +153,16 @@ def _eval_samples(data: Data, encoder: Encoder) -> Samples:
 def _samples(source: Source, data: Data, encoder: Encoder, *, key: str) -> tuple[Samples, Counts]:
     """The tokenised samples of a source, from the cache where they are there."""
     deciding = {name: value for name, value in asdict(data).items() if name in _DECIDING}
-    entry_key = cache_key(
-        source=source.fingerprint(), options=deciding, tokenizer=tokenizer_fingerprint(encoder.tokenizer)
-    )
+    fingerprint = source.fingerprint()
+    entry_key = cache_key(source=fingerprint, options=deciding, tokenizer=tokenizer_fingerprint(encoder.tokenizer))
 
     def build(folder: Path) -> None:
         builder = Builder(data, encoder)
         records = first_records(source, data.max_samples)
         samples = build_samples(records, builder, path=source.name, key=key)
         write_samples(folder / "samples.arrow", samples)
+        if source.fingerprint() != fingerprint:
+            raise UserError(f"{key}={source.name} changed while it was read; start again when it is complete.")
         (folder / "counts.json").write_text(json.dumps(builder.counts.to_dict()), encoding="utf-8")
 
     folder = Path(data.cache_dir).expanduser() if data.cache_dir else default_cache_dir()
@@ -179,7 +180,9 @@ def _prompts(evaluation: Samples | RowsInMemory, tokenizer: PreTrainedTokenizerB
     prompts = []
     for index in range(min(NUM_PROMPTS, len(evaluation))):
         ids = evaluation[index]["input_ids"]
-        length = evaluation.prompt_length(index) or max(1, len(ids) // 2)
+        length = evaluation.prompt_length(index)
+        if not 0 < length < len(ids):
+            length = max(1, len(ids) // 2)
         reference = str(tokenizer.decode(ids[length:], skip_special_tokens=True)).strip()
         prompts.append(Prompt(input_ids=ids[:length], reference=reference))
     return prompts

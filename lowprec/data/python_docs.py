@@ -160,11 +160,11 @@ def _call(name: str, described: object) -> tuple[str, inspect.Signature | None]:
         return name, None
     try:
         signature = inspect.signature(described)  # type: ignore[arg-type]
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, AttributeError):  # some C functions have none, or a broken one
         return f"{name}()", None
     parameters = [p for p in signature.parameters.values() if p.name not in ("self", "cls", "type")]
     shown = str(signature.replace(parameters=_without_annotations(parameters), return_annotation=signature.empty))
-    if re.search(r" at 0x|<|/(usr|home|opt|tmp)", shown) or len(shown) > 160:
+    if re.search(r" at 0x|<|['\"]/\w", shown) or len(shown) > 160:  # addresses and paths of this process
         return f"{name}()", None
     return f"{name}{shown}", signature.replace(parameters=parameters)
 

@@ -74,12 +74,15 @@ class FileSource:
 
 @dataclass(slots=True)
 class PythonDocs:
-    """The built-in data set."""
+    """The built-in data set, made once."""
 
     name: str = python_docs.NAME
+    _made: list[Record] = field(default_factory=list, repr=False)
 
     def records(self) -> Iterator[Record]:
-        return python_docs.python_docs()
+        if not self._made:
+            self._made = list(python_docs.python_docs())
+        return iter(self._made)
 
     def fingerprint(self) -> str:
         digest = hashlib.sha256()

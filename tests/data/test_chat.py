@@ -134,6 +134,8 @@ def test_train_on_prompt_is_everything_but_the_first_token(tokenizer: PreTrained
     assert tokens.labels == [IGNORE, *tokens.input_ids[1:]]
     assert tokens.num_trained() == len(tokens.input_ids) - 1
     assert "more?" in tokenizer.decode(tokens.input_ids)
+    (whole,) = encoder(tokenizer, REWRITING, train_on_prompt=True).encode(chat("one?", "yes.", "two?", "no."))
+    assert whole.num_trained() == len(whole.input_ids) - 1
 
 
 def test_passages_work_without_a_template_and_learn_to_stop(tokenizer: PreTrainedTokenizerBase) -> None:

@@ -13,6 +13,7 @@ from transformers import PreTrainedTokenizerBase
 
 from lowprec.data import Data, PreparedData, prepare_data
 from lowprec.data.options import Columns
+from lowprec.data.sources import FileSource
 from lowprec.errors import UserError
 
 Write = Callable[..., Path]
@@ -150,6 +151,21 @@ def test_the_cache_notices_a_changed_file_and_changed_options(jsonl: Write, prep
     path.write_text(path.read_text().replace("aaa0", "aab0"))  # as long as before, and
     os.utime(path, ns=(stamp.st_atime_ns, stamp.st_mtime_ns))  # as old
     assert rows(prepare(path)) != rows(first) and entries() == 4
+
+
+def test_a_file_that_changes_while_it_is_read_is_refused(
+    jsonl: Write, prepare: Prepare, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = jsonl(*pairs(4))
+    read = FileSource.records
+
+    def read_and_change(source: FileSource) -> Any:
+        yield from read(source)
+        path.write_text(path.read_text() + "\n")
+
+    monkeypatch.setattr(FileSource, "records", read_and_change)
+    with pytest.raises(UserError, match="changed while it was read"):
+        prepare(path)
 
 
 def test_the_cached_counts_are_those_of_the_first_reading(jsonl: Write, prepare: Prepare) -> None:

@@ -33,6 +33,7 @@ def test_nothing_of_this_machine_or_this_process(records: list[Record]) -> None:
     for record in records:
         text = str(record.fields)
         assert not re.search(r"0x[0-9a-f]{6}|/home/|/usr/|/root/", text), record.where
+        assert sys.executable not in text and sys.base_prefix not in text, record.where
 
 
 def test_the_same_in_another_process() -> None:
