@@ -54,10 +54,11 @@ def settle_dtype(options: Model, device: torch.device) -> str | None:
     Returns:
         What the user should be told: what auto became and why, or that the dtype asked for is very slow here.
     """
-    native = _has_bf16(device)
+    native = has_bf16(device)
     if options.dtype == AUTO:
         options.dtype = "bf16" if native else "fp32"
-        return f"model.dtype=auto is {options.dtype} here: this {_kind(device)} {'has' if native else 'has no'} bf16 units."
+        units = "has bf16 units" if native else "has no bf16 units"
+        return f"model.dtype=auto is {options.dtype} here: this {_kind(device)} {units}."
     if options.dtype == "bf16" and device.type == "cpu" and not native:
         # One LoRA step of SmolLM2-135M, 8 x 80 tokens, on 2 AVX2 cores: 268 s in bf16, 4 s in fp32.
         return (
@@ -66,7 +67,8 @@ def settle_dtype(options: Model, device: torch.device) -> str | None:
     return None
 
 
-def _has_bf16(device: torch.device) -> bool:
+def has_bf16(device: torch.device) -> bool:
+    """Whether the device multiplies bf16 itself, instead of emulating it."""
     if device.type == "cuda":
         return torch.cuda.get_device_capability(device) >= (8, 0)
     return bool(torch.ops.mkldnn._is_mkldnn_bf16_supported())
