@@ -287,10 +287,10 @@ class AdamW(torch.optim.Optimizer):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         header = states_io.Header(
-            groups=[states_io.settings(group) for group in self.param_groups],
+            groups=[states_io.settings(group) | {"param_names": self._names_in(g)} for g, group in enumerate(self.param_groups)],
             parameters={
                 self.names[i]: {
-                    "numel": self._params[i].numel(),
+                    "shape": list(self._params[i].shape),
                     "step": float(self._counts.of(i)),
                     "format": format.as_json(),
                 }
@@ -303,6 +303,9 @@ class AdamW(torch.optim.Optimizer):
                 states = ((self.names[i], self.states_of(i)) for i in self._formats)
                 header.shards = states_io.write_shards(folder, states)
         states_io.write_header(folder, header)
+
+    def _names_in(self, group: int) -> list[str]:
+        return [name for name, g in zip(self.names, self._group_of, strict=True) if g == group]
 
     @torch.no_grad()
     def load_states(self, folder: str | Path) -> None:

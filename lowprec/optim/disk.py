@@ -3,7 +3,8 @@
 import errno
 import mmap
 import os
-from collections.abc import Sequence
+import weakref
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 import torch
@@ -19,6 +20,10 @@ GIB = 1 << 30
 
 def aligned(nbytes: int) -> int:
     return -(-nbytes // ALIGNMENT) * ALIGNMENT
+
+
+def whole_pages(nbytes: int) -> int:
+    return -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
 
 
 class Disk:
@@ -128,13 +133,15 @@ def reserve(disk: Disk, paths: Sequence[Path], nbytes: Sequence[int], direct: Se
 
 
 class HostMemory:
-    """Page-aligned host memory in equal pieces or as asked, pinned where CUDA will copy from it."""
+    """Page-aligned host memory, pinned where CUDA will copy from it; taken piece by piece.
+
+    Exactly as large as asked: torch's pinned allocator rounds up to a power of two.
+    """
 
     def __init__(self, nbytes: int, pin: bool):
-        self._map = mmap.mmap(-1, max(nbytes, 1), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
-        self.tensor = torch.frombuffer(self._map, dtype=torch.uint8)
+        self.tensor = torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)
         self._used = 0
-        self._pinned = False
+        self.close: Callable[[], object] = lambda: None
         if pin:
             code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.tensor.numel(), 0))
             if code:
@@ -142,16 +149,16 @@ class HostMemory:
                     f"The system refuses to pin {nbytes / GIB:.2f} GiB of host memory (CUDA error {code}): lower "
                     "state_store.pinned_gib, or raise the limit (ulimit -l)."
                 )
-            self._pinned = True
+            # Also where nobody calls close: memory that is freed while pinned could never be pinned again.
+            self.close = weakref.finalize(self, _unpin, self.tensor.data_ptr())
 
     def take(self, nbytes: int) -> Tensor:
         """The next ``nbytes``, on a page of their own."""
-        start, self._used = self._used, self._used + -(-nbytes // mmap.PAGESIZE) * mmap.PAGESIZE
+        start, self._used = self._used, self._used + whole_pages(nbytes)
         assert self._used <= self.tensor.numel(), "host memory was sized for all that is taken from it"
         return self.tensor[start : start + nbytes]
 
-    def close(self) -> None:
-        if self._pinned:
-            torch.cuda.synchronize()  # no copy may be under way when the pages are released
-            torch.cuda.cudart().cudaHostUnregister(self.tensor.data_ptr())
-            self._pinned = False
+
+def _unpin(pointer: int) -> None:
+    torch.cuda.synchronize()  # no copy may be under way
+    torch.cuda.cudart().cudaHostUnregister(pointer)

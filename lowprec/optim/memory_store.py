@@ -6,20 +6,31 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from lowprec.optim.disk import HostMemory
 from lowprec.optim.layout import Chunk, initialise
 from lowprec.optim.saved_chunks import SavedChunks
 from lowprec.optim.traffic import Traffic
 
 
 class MemoryStore:
-    """A buffer for every chunk, from ``allocate(chunk)`` (uint8, its bytes) at the chunk's first read."""
+    """A buffer for every chunk, from ``allocate(chunk)`` (uint8, its bytes) at the chunk's first read.
+
+    ``memory``: what the buffers are cut from, to be closed with the store.
+    """
 
     resident = True
 
-    def __init__(self, chunks: list[Chunk], params: Sequence[Tensor], allocate: Callable[[Chunk], Tensor]):
+    def __init__(
+        self,
+        chunks: list[Chunk],
+        params: Sequence[Tensor],
+        allocate: Callable[[Chunk], Tensor],
+        memory: HostMemory | None = None,
+    ):
         self.chunks = chunks
         self._params = params
         self._allocate = allocate
+        self._memory = memory
         self._buffers: dict[int, Tensor] = {}
         self.traffic: Traffic | None = None  # nothing is moved to a disk
         self.notes: list[str] = []
@@ -44,6 +55,8 @@ class MemoryStore:
 
     def close(self) -> None:
         self._buffers.clear()
+        if self._memory is not None:
+            self._memory.close()
 
     def snapshot(self, folder: Path) -> None:
         return None

@@ -29,7 +29,7 @@ class SavedChunks:
         manifest = header.store
         assert manifest is not None, f"{folder} holds states by name, not chunks"
         self.names = list(header.parameters)
-        self.numels = [values["numel"] for values in header.parameters.values()]
+        self.numels = [header.numel_of(name) for name in self.names]
         formats = {i: header.format_of(name) for i, name in enumerate(self.names)}
         self.chunks = make_layout(dict(enumerate(self.numels)), formats, manifest["chunk_bytes"])
         self.records: list[Record | None] = open_kept(disk or Disk(), folder, manifest)

@@ -1,6 +1,7 @@
 """Optimizer states as files: ``optimizer.json`` and safetensors shards keyed by parameter name."""
 
 import json
+import math
 import os
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass, field
@@ -32,6 +33,9 @@ class Header:
     store: dict[str, Any] | None = None
     version: int = VERSION
 
+    def numel_of(self, name: str) -> int:
+        return math.prod(self.parameters[name]["shape"])
+
     def format_of(self, name: str) -> StateFormat:
         return StateFormat.from_json(self.parameters[name]["format"])
 
@@ -48,6 +52,8 @@ def apply_settings(groups: list[dict[str, Any]], saved: list[dict[str, Any]], fo
         raise UserError(f"{folder} holds {len(saved)} parameter groups, but the optimizer has {len(groups)}.")
     for group, values in zip(groups, saved, strict=True):
         for key, value in values.items():
+            if key == "param_names":
+                continue  # the optimizer's own stay: they have been checked against the saved parameters
             if isinstance(group.get(key), Tensor):
                 group[key].fill_(value)  # a graph may have captured it
             else:

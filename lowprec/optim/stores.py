@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import UserError
-from lowprec.optim.disk import Disk, HostMemory
+from lowprec.optim.disk import Disk, HostMemory, whole_pages
 from lowprec.optim.format import StateFormat
 from lowprec.optim.layout import Chunk, make_layout
 from lowprec.optim.memory_store import MemoryStore
@@ -71,8 +71,8 @@ def open_store(
     chunks = make_layout(numels, formats, chunk_bytes)
     host: StateStore
     if state_store == "cpu":
-        memory = HostMemory(sum(-(-chunk.nbytes // 4096) * 4096 for chunk in chunks), pin=device.type == "cuda")
-        host = MemoryStore(chunks, params, lambda chunk: memory.take(chunk.nbytes))
+        memory = HostMemory(sum(whole_pages(chunk.nbytes) for chunk in chunks), pin=device.type == "cuda")
+        host = MemoryStore(chunks, params, lambda chunk: memory.take(chunk.nbytes), memory)
     else:
         host = SsdStore(
             chunks,
