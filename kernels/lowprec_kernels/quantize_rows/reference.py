@@ -22,6 +22,9 @@ LARGEST_CODE = {FP8: 448.0, torch.int8: 127.0}
 AMAX_FLOOR = 1e-30
 """Rows whose largest magnitude is below this become zeros: 1 / scale must stay finite in fp32."""
 
+TINY = 2.0**-100
+"""Floor of scales and of their products with a partner's: away from fp32's subnormals."""
+
 
 def scale_of(amax: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
     """The factor that takes codes back to values. NaN and infinity pass through."""
@@ -56,7 +59,7 @@ def quantize_rows(
     amax = z.abs().amax(-1) if z.shape[-1] else z.new_zeros(z.shape[0])
     scale = scale_of(amax, dtype)
     if partner is not None:
-        scale = power_of_two_above(scale * partner) / partner
+        scale = (power_of_two_above((scale * partner).clamp_min(TINY)) / partner).clamp_min(TINY)
     return cast(z / scale[:, None], dtype), scale
 
 

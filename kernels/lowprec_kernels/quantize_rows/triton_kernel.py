@@ -6,10 +6,11 @@ import triton
 import triton.language as tl
 
 from lowprec_kernels.hadamard.triton_kernel import INTERPRETED, signs
-from lowprec_kernels.quantize_rows.reference import AMAX_FLOOR, FP8, LARGEST_CODE, padded_rows
+from lowprec_kernels.quantize_rows.reference import AMAX_FLOOR, FP8, LARGEST_CODE, TINY, padded_rows
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds an fp32 below 2^22 to the nearest even
 FLOOR = tl.constexpr(AMAX_FLOOR)
+SMALLEST = tl.constexpr(TINY)
 
 
 @triton.jit
@@ -19,9 +20,13 @@ def _magnitude_bits(x):
 
 
 @triton.jit
+def _at_least(x, floor):
+    return tl.where(x < floor, floor, x)  # NaN < floor is false: NaN stays
+
+
+@triton.jit
 def _scale_of(bits, LARGEST: tl.constexpr):
-    amax = bits.to(tl.float32, bitcast=True)
-    return tl.where(amax < FLOOR, FLOOR, amax) / LARGEST  # NaN < FLOOR is false: NaN stays
+    return _at_least(bits.to(tl.float32, bitcast=True), FLOOR) / LARGEST
 
 
 @triton.jit
@@ -69,7 +74,7 @@ def _quantize_rows(
         scale = _scale_of(tl.max(_magnitude_bits(z), 1), LARGEST)
         if PARTNER:
             partner = tl.load(partner_ptr + row, row < rows, 1.0)
-            scale = _power_of_two_above(scale * partner) / partner
+            scale = _at_least(_power_of_two_above(_at_least(scale * partner, SMALLEST)) / partner, SMALLEST)
         q = _cast(z * (1.0 / scale)[:, None], LARGEST, q_ptr.dtype.element_ty)
         tl.store(q_ptr + row[:, None] * DIM + column[None, :], q, inside)
         tl.store(s_ptr + row, scale, row < rows)

@@ -1,0 +1,201 @@
+"""The three 8-bit products as functions of tensors, and the two autograd functions made of them. Equations: products.py.
+
+Shapes: X [tokens, in], W [out, in], Y and E = dL/dY [tokens, out], G [out, in]. Scales stay on the device throughout.
+"""
+
+from typing import NamedTuple
+
+import torch
+from lowprec_kernels.quantize_rows.reference import cast, dequantize, padded_rows, scale_of
+from torch.autograd.function import once_differentiable
+
+from lowprec.layers.products import Plan
+from lowprec.ops import quantize_columns, quantize_rows, rotate, scaled_matmul, transpose_codes
+
+
+class Codes(NamedTuple):
+    """8-bit codes ``[rows, dim]`` with the scales ``[rows]``, or one scale, that take them back to values."""
+
+    codes: torch.Tensor
+    scale: torch.Tensor
+
+
+def weight_codes(weight: torch.Tensor, plan: Plan) -> Codes:
+    """The forward product's weight operand ``[out, in]``. Scales that will be folded are powers of two."""
+    folded = plan.shares_weight and plan.scale == "row"
+    partner = weight.new_ones(weight.shape[0], dtype=torch.float32) if folded else None
+    return _rows(weight, plan.in_block, plan.scale, plan.dtype, partner)
+
+
+def transposed_weight(weight: torch.Tensor | None, codes: Codes, plan: Plan) -> Codes:
+    """The input gradient's weight operand ``[in, out]``, from the forward codes where they serve, else from W."""
+    if not plan.shares_weight:
+        assert weight is not None
+        return _columns(weight, plan.error_in_block, plan.error_out_block, plan.error_scale, plan.dtype)
+    if plan.scale == "tensor":
+        return Codes(transpose_codes(codes.codes), codes.scale)
+    largest = codes.scale.amax()
+    return Codes(transpose_codes(codes.codes, codes.scale / largest), largest)
+
+
+def decoded_weight(codes: Codes, plan: Plan, dtype: torch.dtype) -> torch.Tensor:
+    """The weight ``[out, in]`` that the codes stand for, un-rotated, in ``dtype``."""
+    return _rotated(dequantize(codes.codes, codes.scale), plan.in_block).to(dtype)
+
+
+def forward_product(
+    x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, plan: Plan, out_dtype: torch.dtype
+) -> tuple[torch.Tensor, Codes]:
+    """Y and the input's codes."""
+    x_codes = _rows(x, plan.in_block, plan.scale, plan.dtype)
+    return scaled_matmul(*x_codes, *weight, bias, out_dtype, plan.fast_accumulation), x_codes
+
+
+def input_for_backward(x: torch.Tensor, x_codes: Codes, plan: Plan) -> tuple[torch.Tensor, ...]:
+    """What the weight gradient keeps of X: 8-bit codes, or X itself where it is computed in 16 bits."""
+    if plan.weight_16bit:
+        return (x,)
+    if plan.shares_input:
+        return x_codes
+    return _columns(x, plan.weight_in_block, plan.weight_token_block, plan.weight_scale, plan.dtype)
+
+
+def error_codes(error: torch.Tensor, plan: Plan, kept: tuple[torch.Tensor, ...] | None) -> Codes:
+    """The input gradient's error operand ``[tokens, out]``; where the weight gradient will reuse it, its scales pair up
+    with the input's (``kept``) to powers of two."""
+    if plan.error_token_block > 1:
+        error = _rotated(_filled_up(error, plan.error_token_block), plan.error_token_block, axis=0)
+    folded = kept is not None and plan.shares_error and not plan.weight_16bit and plan.error_scale == "row"
+    partner = kept[1] if folded else None
+    return _rows(error, plan.error_out_block, plan.error_scale, plan.dtype, partner)
+
+
+def input_gradient(error: Codes, weight: Codes, plan: Plan, tokens: int, out_dtype: torch.dtype) -> torch.Tensor:
+    """E_X ``[tokens, in]``."""
+    grad = scaled_matmul(*error, *weight, None, out_dtype, plan.fast_gradients)
+    grad = _rotated(grad, plan.error_in_block)
+    return _rotated(grad, plan.error_token_block, axis=0)[:tokens]
+
+
+def weight_gradient(
+    error: torch.Tensor, error_rows: Codes | None, kept: tuple[torch.Tensor, ...], plan: Plan, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """G ``[out, in]`` from E ``[tokens, out]`` (and its codes, where the input gradient made them) and what was kept of X."""
+    if plan.weight_16bit:
+        return (error.t() @ kept[0].to(error.dtype)).to(out_dtype)
+    if not plan.shares_input:
+        errors = _columns(error, 1, plan.weight_token_block, plan.weight_scale, plan.dtype)
+        grad = scaled_matmul(*errors, *kept, None, out_dtype, plan.fast_gradients)
+        return _rotated(grad, plan.weight_in_block)
+    x_codes, x_scale = kept
+    if error_rows is None or not plan.shares_error:
+        row = plan.weight_scale == "row"
+        error_rows = _rows(error, 1, plan.weight_scale, plan.dtype, x_scale if row else None)
+    product_of_scales = error_rows.scale * x_scale
+    if plan.weight_scale == "tensor":
+        errors = Codes(transpose_codes(error_rows.codes), product_of_scales)
+    else:  # the scales lie along the sum: fold them, as powers of two, into the codes of E
+        largest = product_of_scales.amax() if product_of_scales.numel() else product_of_scales.new_ones(())
+        errors = Codes(transpose_codes(error_rows.codes, product_of_scales / largest), largest)
+    one = torch.ones_like(errors.scale)
+    grad = scaled_matmul(*errors, transpose_codes(x_codes), one, None, out_dtype, plan.fast_gradients)
+    return _rotated(grad, plan.weight_in_block)
+
+
+class TrainedProduct(torch.autograd.Function):
+    """Y = X W^T + b with both gradients in 8 bits. Kept for backward: the codes of X and of W, 1 byte an element."""
+
+    @staticmethod
+    def forward(ctx, x, weight, bias, weight_forward, weight_scale, weight_backward, backward_scale, plan):
+        codes = Codes(weight_forward, weight_scale)
+        y, x_codes = forward_product(x, codes, bias, plan, x.dtype)
+        wants_x, wants_weight = ctx.needs_input_grad[:2]
+        kept = input_for_backward(x, x_codes, plan) if wants_weight else ()
+        cached = weight_backward is not None
+        mine = (weight_backward, backward_scale) if cached else codes if plan.shares_weight else (weight, None)
+        ctx.save_for_backward(*(mine if wants_x else (None, None)), *kept)
+        ctx.plan, ctx.cached, ctx.tokens = plan, cached, x.shape[0]
+        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, error):
+        first, second, *kept = ctx.saved_tensors
+        plan, error = ctx.plan, error.contiguous()
+        grad_x = grad_weight = grad_bias = rows = None
+        if ctx.needs_input_grad[0]:
+            rows = error_codes(error, plan, tuple(kept) or None)
+            if ctx.cached:
+                operand = Codes(first, second)
+            elif plan.shares_weight:
+                operand = transposed_weight(None, Codes(first, second), plan)
+            else:
+                operand = transposed_weight(first, Codes(first, second), plan)
+            grad_x = input_gradient(rows, operand, plan, ctx.tokens, ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_weight = weight_gradient(error, rows, tuple(kept), plan, ctx.weight_dtype)
+        if ctx.needs_input_grad[2]:
+            grad_bias = error.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, grad_weight, grad_bias, None, None, None, None, None
+
+
+class FrozenProduct(torch.autograd.Function):
+    """Y = X W^T + b and the input gradient in 8 bits, for weights that are stored as codes. Nothing is kept of X."""
+
+    @staticmethod
+    def forward(ctx, x, bias, weight_forward, weight_scale, weight_backward, backward_scale, plan):
+        y, _ = forward_product(x, Codes(weight_forward, weight_scale), bias, plan, x.dtype)
+        both = weight_backward is not None
+        mine = (weight_backward, backward_scale) if both else (weight_forward, weight_scale)
+        ctx.save_for_backward(*mine)
+        ctx.plan, ctx.both, ctx.tokens, ctx.x_dtype = plan, both, x.shape[0], x.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        return y
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx, error):
+        plan, error = ctx.plan, error.contiguous()
+        codes = Codes(*ctx.saved_tensors)
+        grad_x = grad_bias = None
+        if ctx.needs_input_grad[0]:
+            if not ctx.both:
+                weight = None if plan.shares_weight else decoded_weight(codes, plan, error.dtype)
+                codes = transposed_weight(weight, codes, plan)
+            grad_x = input_gradient(error_codes(error, plan, None), codes, plan, ctx.tokens, ctx.x_dtype)
+        if ctx.needs_input_grad[1]:
+            grad_bias = error.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
+        return grad_x, grad_bias, None, None, None, None, None
+
+
+def _rows(z: torch.Tensor, block: int, scale: str, dtype: torch.dtype, partner: torch.Tensor | None = None) -> Codes:
+    if scale == "row":
+        return Codes(*quantize_rows(z, block, dtype, partner))
+    return _one_scale(_rotated(z, block), dtype)
+
+
+def _columns(z: torch.Tensor, in_block: int, row_block: int, scale: str, dtype: torch.dtype) -> Codes:
+    """Codes ``[dim, rows']`` of ``z [rows, dim]``, rotated along either axis."""
+    z = _rotated(z, in_block)
+    if scale == "row":
+        return Codes(*quantize_columns(z, row_block, dtype))
+    codes = _one_scale(_rotated(_filled_up(z, row_block), row_block, axis=0), dtype)
+    return Codes(transpose_codes(codes.codes), codes.scale)
+
+
+def _one_scale(z: torch.Tensor, dtype: torch.dtype) -> Codes:
+    amax = z.abs().amax().float() if z.numel() else z.new_zeros((), dtype=torch.float32)
+    scale = scale_of(amax, dtype)
+    return Codes(cast(z.float() / scale, dtype), scale)
+
+
+def _rotated(z: torch.Tensor, block: int, axis: int = -1) -> torch.Tensor:
+    return z if block == 1 else rotate(z, block, axis)
+
+
+def _filled_up(z: torch.Tensor, block: int) -> torch.Tensor:
+    """Zeros below, up to a multiple of the rotation's block."""
+    missing = padded_rows(z.shape[0], block) - z.shape[0] if block > 1 else 0
+    return torch.nn.functional.pad(z, (0, 0, 0, missing)) if missing else z

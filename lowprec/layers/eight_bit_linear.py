@@ -1,0 +1,203 @@
+"""Linear layers with 8-bit products: one for weights that train, one for weights that are frozen and stored as codes."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from lowprec.errors import UserError
+from lowprec.layers.eight_bit import (
+    Codes,
+    FrozenProduct,
+    TrainedProduct,
+    decoded_weight,
+    transposed_weight,
+    weight_codes,
+)
+from lowprec.layers.products import FP8, Plan
+
+
+class _EightBitLinear(nn.Linear):
+    """What both have in common: autocast, any leading shape, the printed form."""
+
+    plan: Plan
+
+    @property
+    def rotation_block(self) -> int | None:
+        """Order of the forward rotation's blocks, None without one."""
+        return self.plan.in_block if self.plan.in_block > 1 else None
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """``x [..., in]`` to ``[..., out]`` in the dtype of ``x``, or in autocast's where that is on."""
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y = self._product(x.reshape(-1, self.in_features))
+        return y.reshape(*x.shape[:-1], self.out_features)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        raise NotImplementedError
+
+    def extra_repr(self) -> str:
+        codes = "fp8" if self.plan.dtype == FP8 else "int8"
+        rotation = f", rotation={self.rotation_block}" if self.rotation_block else ""
+        return f"{super().extra_repr()}, codes={codes}{rotation}"
+
+
+class TrainedEightBitLinear(_EightBitLinear):
+    """A linear layer whose weight stays an ordinary parameter; all three products run in 8 bits.
+
+    ``cache`` says what outlives a call: ``none``; ``one``, the codes of the forward product; ``both``, those of the input
+    gradient too. They are made again when the weight is another tensor or its version counter has moved, which every
+    in-place operation, optimizer step and ``load_state_dict`` does. Writing through ``weight.data`` does not move it:
+    call ``forget_codes()`` after that.
+    """
+
+    def __init__(self, linear: nn.Linear, plan: Plan, cache: str):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.weight, self.bias = linear.weight, linear.bias
+        self.plan, self.cache = plan, cache
+        self.forget_codes()
+
+    def forget_codes(self) -> None:
+        """Drop the cached codes of the weight."""
+        self._cached_for: tuple | None = None
+        self._cached: tuple[Codes, Codes | None] | None = None
+
+    def __getstate__(self) -> dict:
+        return self.__dict__ | {"_cached_for": None, "_cached": None}
+
+    def _codes(self) -> tuple[Codes, Codes | None]:
+        if self.cache == "none":
+            return weight_codes(self.weight.detach(), self.plan), None
+        key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, self.weight.shape)
+        if self._cached is None or self._cached_for != key:
+            weight = self.weight.detach()
+            forward = weight_codes(weight, self.plan)
+            backward = transposed_weight(weight, forward, self.plan) if self.cache == "both" else None
+            self._cached, self._cached_for = (forward, backward), key
+        return self._cached
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(
+                "an 8-bit layer that was built for training has a frozen weight now, which keeps its 16-bit copy: call "
+                "wrap(model, ..., frozen=True) before the adapters are attached to store it in 8 bits alone.",
+                stacklevel=2,
+            )
+        forward, backward = self._codes()
+        none = (None, None)
+        return TrainedProduct.apply(x, self.weight, self.bias, *forward, *(backward or none), self.plan)
+
+    def dequantized_weight(self) -> torch.Tensor:
+        """The weight ``[out, in]``: the parameter itself."""
+        return self.weight
+
+
+class DecodedWeight(torch.Tensor):
+    """A frozen weight decoded from its codes: a copy, which refuses to be written to, since that would be lost."""
+
+    __torch_function__ = torch._C._disabled_torch_function_impl
+
+    @property
+    def data(self) -> "DecodedWeight":  # type: ignore[override]
+        return self
+
+    @data.setter
+    def data(self, value: torch.Tensor) -> None:
+        self._refuse()
+
+    def __iadd__(self, other: object) -> "DecodedWeight":  # type: ignore[misc]
+        self._refuse()
+
+    __isub__ = __imul__ = __itruediv__ = __iadd__  # type: ignore[assignment]
+
+    def add_(self, *args: object, **kwargs: object) -> "DecodedWeight":  # type: ignore[override]
+        self._refuse()
+
+    sub_ = mul_ = copy_ = add_  # type: ignore[assignment]
+
+    def _refuse(self) -> None:
+        raise UserError(
+            "this weight is stored as 8-bit codes and cannot be written to. To merge an adapter, use `lowprec merge`, "
+            "which reads the original 16-bit files; to train the weight itself, wrap the model with frozen=False."
+        )
+
+
+class FrozenEightBitLinear(_EightBitLinear):
+    """A linear layer whose weight is stored as 8-bit codes alone; the products of forward and input gradient run in 8 bits.
+
+    The parameter registered as ``weight`` holds the codes as int8 (also those of e4m3, so that ``.to(dtype)`` leaves
+    them alone), and so do buffers hold the scales' bits; reading ``layer.weight`` gives the decoded weight. A state dict
+    has ``weight`` (decoded, on the CPU) and ``bias``; loading one quantises it again.
+
+    Args:
+        layout: ``one`` keeps the forward product's codes (1 byte a weight) and makes the input gradient's at each call;
+            ``both`` keeps the two (2 bytes).
+    """
+
+    def __init__(self, linear: nn.Linear, plan: Plan, layout: str, origin: str = ""):
+        nn.Module.__init__(self)
+        self.in_features, self.out_features = linear.in_features, linear.out_features
+        self.plan, self.layout, self.origin = plan, layout, origin
+        self.compute_dtype = linear.weight.dtype
+        self.register_parameter("bias", linear.bias)
+        self._store(linear.weight.detach())
+
+    @torch.no_grad()
+    def _store(self, weight: torch.Tensor) -> None:
+        forward = weight_codes(weight, self.plan)
+        self._parameters["weight"] = nn.Parameter(forward.codes.view(torch.int8), requires_grad=False)
+        self.register_buffer("scale_bits", forward.scale.view(torch.int32), persistent=False)
+        backward = transposed_weight(weight, forward, self.plan) if self.layout == "both" else None
+        self.register_buffer("backward_codes", backward and backward.codes.view(torch.int8), persistent=False)
+        self.register_buffer("backward_bits", backward and backward.scale.view(torch.int32), persistent=False)
+
+    def _codes(self) -> Codes:
+        return Codes(self._parameters["weight"].detach().view(self.plan.dtype), self.scale_bits.view(torch.float32))
+
+    @property
+    def weight(self) -> torch.Tensor:  # type: ignore[override]
+        """The decoded weight, made anew at each reading."""
+        return self.dequantized_weight().as_subclass(DecodedWeight)
+
+    @torch.no_grad()
+    def dequantized_weight(self) -> torch.Tensor:
+        """The weight ``[out, in]`` that the products use, un-rotated, in the dtype that it had."""
+        return decoded_weight(self._codes(), self.plan, self.compute_dtype)
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        backward = (None, None)
+        if self.backward_codes is not None:
+            backward = (self.backward_codes.view(self.plan.dtype), self.backward_bits.view(torch.float32))
+        return FrozenProduct.apply(x, self.bias, *self._codes(), *backward, self.plan)
+
+    def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
+        warnings.warn(
+            "the base is stored in 8 bits: a state dict holds its decoded weights, not the original ones"
+            f"{f' ({self.origin})' if self.origin else ''}. Adapters are not affected; to merge one, use `lowprec merge`, "
+            "which reads the original files.",
+            stacklevel=2,
+        )
+        destination[prefix + "weight"] = self.dequantized_weight().cpu()
+        if self.bias is not None:
+            destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
+
+    def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors) -> None:
+        device = self._parameters["weight"].device
+        shapes = {"weight": (self.out_features, self.in_features)}
+        if self.bias is not None:
+            shapes["bias"] = (self.out_features,)
+        for name, shape in shapes.items():
+            value = state.get(prefix + name)
+            if value is None:
+                missing.append(prefix + name)
+            elif tuple(value.shape) != shape:
+                errors.append(f"size mismatch for {prefix}{name}: {tuple(value.shape)} in the file, {shape} here.")
+            elif name == "weight":
+                self._store(value.to(device, self.compute_dtype))
+            else:
+                with torch.no_grad():
+                    self.bias.copy_(value)
+        known = {prefix + name for name in shapes}
+        unexpected += [key for key in state if key.startswith(prefix) and key not in known] if strict else []

@@ -1,0 +1,74 @@
+"""``lowprec::scaled_matmul``: the product of two 8-bit matrices, both along the contraction, with the scales of their rows.
+
+On a Hopper GPU int8 and fast-accumulating e4m3 products go through the persistent Triton kernel; e4m3 products that keep
+fp32 sums go through cuBLAS by ``torch._scaled_mm``.
+"""
+
+import torch
+from lowprec_kernels.scaled_matmul import reference
+
+from lowprec.ops.backends import FP8, Backend, choose, lazily, no_hopper, no_triton
+
+
+def _no_persistent(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> str | None:
+    if a.dtype == FP8 and not fast_accumulation:
+        return "it sums e4m3 products as the tensor cores do, and fp32 sums were asked for"
+    if out_dtype.itemsize != 2:
+        return "its output is 16-bit"
+    if not (a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0):
+        return "dimensions must be multiples of 16"
+    return no_hopper(a.device)
+
+
+def _no_torch(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> str | None:
+    if a.dtype != FP8:
+        return "torch._scaled_mm takes fp8 only"
+    if 0 in (*a.shape, *b.shape):
+        return "empty operands"
+    if not (a.shape[1] % 16 == 0 and b.shape[0] % 16 == 0):
+        return "dimensions must be multiples of 16"
+    return no_triton(a.device, FP8)  # the same conditions: CUDA, 8.9 or newer
+
+
+def _run_torch(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> torch.Tensor:
+    """Row scales for both operands, since cuBLAS takes no mixture; a tensor scale is expanded."""
+    scale_a = scale_a.reshape(-1, 1).expand(a.shape[0], 1).contiguous()
+    scale_b = scale_b.reshape(1, -1).expand(1, b.shape[0]).contiguous()
+    y = torch._scaled_mm(
+        a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=fast_accumulation
+    )
+    return y if bias is None else y + bias.to(y.dtype)
+
+
+def _no_simple(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> str | None:
+    return no_triton(a.device, a.dtype)
+
+
+BACKENDS = (
+    Backend(
+        "triton, persistent", lazily("scaled_matmul.triton_kernel", "persistent_scaled_matmul"), _no_persistent
+    ),
+    Backend("torch._scaled_mm", _run_torch, _no_torch),
+    Backend("triton", lazily("scaled_matmul.triton_kernel", "scaled_matmul"), _no_simple),
+    Backend("reference", reference.scaled_matmul),
+)
+
+
+@torch.library.custom_op("lowprec::scaled_matmul", mutates_args=())
+def scaled_matmul(
+    a: torch.Tensor,
+    scale_a: torch.Tensor,
+    b: torch.Tensor,
+    scale_b: torch.Tensor,
+    bias: torch.Tensor | None = None,
+    out_dtype: torch.dtype = torch.bfloat16,
+    fast_accumulation: bool = False,
+) -> torch.Tensor:
+    """``a [M, K]``, ``b [N, K]``, scales ``[M]`` or one, ``[N]`` or one: ``[M, N]`` in ``out_dtype``; see the reference."""
+    args = (a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation)
+    return choose(BACKENDS, *args).run(*args)
+
+
+@scaled_matmul.register_fake
+def _(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False) -> torch.Tensor:
+    return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
