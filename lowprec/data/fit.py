@@ -7,6 +7,7 @@ from transformers import PreTrainedModel
 from lowprec.data.collate import collate
 from lowprec.data.prepare import PreparedData
 from lowprec.data.rows import Item, PackedAttention, Rows
+from lowprec.data.samples import join, to_item
 from lowprec.data.stream import Stream
 from lowprec.errors import UserError
 
@@ -68,24 +69,20 @@ def packed_attention(model: PreTrainedModel) -> PackedAttention:
 @torch.no_grad()
 def _leak(model: PreTrainedModel, attention: PackedAttention) -> float:
     """Deviation of a packed sample's logits from those it has alone, against the deviation where nothing is cut."""
-    first, second = _sample([3, 14, 15, 9, 2, 6]), _sample([5, 35, 8, 9, 7, 93, 2, 38])
-    both = [first["input_ids"] + second["input_ids"], first["labels"] + second["labels"]]
-    packed: Item = {"input_ids": both[0], "labels": both[1], "lengths": [6, 8]}
-    uncut: Item = {"input_ids": both[0], "labels": both[1], "lengths": [14]}
+    first, second = (to_item(ids, ids) for ids in ([3, 14, 15, 9, 2, 6], [5, 35, 8, 9, 7, 93, 2, 38]))
+    packed = join([first, second])
+    swapped: Item = {**packed, "lengths": [8, 6]}
+    uncut: Item = {**packed, "lengths": [14]}
     alone = _logits(model, [second], None)[0]
     try:
         # Two rows, since some implementations cut a single row only; the other order tries another border.
-        cut = _logits(model, [packed, {**packed, "lengths": [8, 6]}], attention)[0, 6:]
+        cut = _logits(model, [packed, swapped], attention)[0, 6:]
     except torch.OutOfMemoryError:
         raise
     except (TypeError, ValueError, RuntimeError):  # inputs that this architecture does not take
         return float("inf")
     free = _logits(model, [uncut], None)[0, 6:]
     return float((cut - alone).norm() / (free - alone).norm().clamp_min(1e-30))
-
-
-def _sample(ids: list[int]) -> Item:
-    return {"input_ids": ids, "labels": ids, "lengths": [len(ids)]}
 
 
 def _logits(model: PreTrainedModel, items: list[Item], attention: PackedAttention | None) -> torch.Tensor:

@@ -100,12 +100,18 @@ class StepLoader:
         device: torch.device | str | None = None,
     ) -> None:
         train = prepared.train
-        self._order: Order = StreamOrder(train, seed) if isinstance(train, Stream) else EpochOrder(train, seed)
+        self._order: Order
+        if isinstance(train, Stream):
+            self._order = StreamOrder(train, seed)
+        else:
+            self._order = EpochOrder(train, seed, prepared.fingerprint)
         self.batch_size = per_device_batch_size
         self.effective_batch_size = per_device_batch_size * gradient_accumulation_steps * world_size
         self.rank, self.world_size = rank, world_size
         self.pad_token_id = pad_token_id
         self.device = torch.device(device) if device is not None else None
+        if self.device is not None and self.device.type == "cuda" and self.device.index is None:
+            self.device = torch.device("cuda", torch.cuda.current_device())
         self._state = self._order.first_state()
 
     @property
@@ -148,13 +154,16 @@ class StepLoader:
         Raises:
             UserError: the position is one in other data, or in another order.
         """
-        for name, what in (("rows", "the number of training rows"), ("seed", "train.seed")):
-            if state[name] != self._state[name]:
-                raise UserError(
-                    f"the checkpoint was written with other training data: {what} was {state[name]} and is "
-                    f"{self._state[name]}. Resume with the same data and train.seed, or start in another "
-                    "train.output_dir."
-                )
+        if state["data"] != self._state["data"]:
+            raise UserError(
+                "the training data are not those of the checkpoint (their contents, their split or their packing), so "
+                "its place in them means nothing. Resume with the same data, or start in another train.output_dir."
+            )
+        if state["seed"] != self._state["seed"]:
+            raise UserError(
+                f"the checkpoint was written with train.seed={state['seed']}, which orders the samples, and the recipe "
+                f"has train.seed={self._state['seed']}. Resume with the same, or start in another train.output_dir."
+            )
         self._state = dict(state)
 
     def __iter__(self) -> Iterator[StepBatch]:
@@ -184,8 +193,10 @@ class StepLoader:
 
     def _collated(self, rows: Rows, part: np.ndarray) -> Inputs:
         inputs = collate([rows[int(i)] for i in part], self.pad_token_id, attention=rows.attention)
-        pin = self.device is not None and self.device.type == "cuda"
-        return {name: tensor.pin_memory() for name, tensor in inputs.items()} if pin else inputs
+        if self.device is None or self.device.type != "cuda":
+            return inputs
+        with torch.cuda.device(self.device):  # a new thread stands on device 0, and would open a context there
+            return {name: tensor.pin_memory() for name, tensor in inputs.items()}
 
 
 def eval_batches(

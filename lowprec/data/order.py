@@ -32,14 +32,15 @@ class Order(Protocol):
 
 
 class EpochOrder:
-    """Every epoch is a permutation of all rows, drawn from ``seed + epoch``."""
+    """Every epoch is a permutation of all rows, drawn from ``seed + epoch``. ``fingerprint`` tells these rows."""
 
-    def __init__(self, rows: Rows, seed: int) -> None:
+    def __init__(self, rows: Rows, seed: int, fingerprint: str | None) -> None:
         self.rows = rows
         self.seed = seed
+        self.fingerprint = fingerprint
 
     def first_state(self) -> State:
-        return {"epoch": 0, "position": 0, "seed": self.seed, "rows": len(self.rows)}
+        return {"epoch": 0, "position": 0, "seed": self.seed, "data": self.fingerprint}
 
     def permutation(self, epoch: int) -> np.ndarray:
         return np.random.default_rng(self.seed + epoch).permutation(len(self.rows))

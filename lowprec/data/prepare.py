@@ -1,5 +1,6 @@
 """``prepare_data``: from the recipe's group ``data`` to samples ready to be batched."""
 
+import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -54,6 +55,8 @@ class PreparedData:
     prompts: list[Prompt]
     path: str
     format: str
+    fingerprint: str | None = None
+    """Tells the training rows by their contents, whatever they were read from; None for a stream."""
 
 
 def prepare_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreparedData:
@@ -102,6 +105,7 @@ def prepare_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int) -
         prompts=_prompts(evaluation, tokenizer),
         path=data.path,
         format=summary.format,
+        fingerprint=_fingerprint(train, train_rows),
     )
 
 
@@ -175,11 +179,18 @@ def _rows(samples: Samples, data: Data) -> Rows:
     return PackedRows(samples, pack(samples.num_tokens.tolist(), data.max_length)) if data.packing else samples
 
 
+def _fingerprint(train: Samples, rows: Rows) -> str:
+    digest = hashlib.sha256()
+    for array in (train.keys(), train.num_tokens, train.num_trained, rows.num_tokens):
+        digest.update(array.tobytes())
+    return digest.hexdigest()[:32]
+
+
 def _prompts(evaluation: Samples | RowsInMemory, tokenizer: PreTrainedTokenizerBase) -> list[Prompt]:
     """The first few held-out samples as questions: up to the first answer, or half of a plain text."""
     prompts = []
     for index in range(min(NUM_PROMPTS, len(evaluation))):
-        ids = evaluation[index]["input_ids"]
+        ids = evaluation[index]["input_ids"].tolist()
         length = evaluation.prompt_length(index)
         if not 0 < length < len(ids):
             length = max(1, len(ids) // 2)

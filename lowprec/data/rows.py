@@ -15,10 +15,11 @@ class PackedAttention(Enum):
 
 
 class Item(TypedDict):
-    """``labels`` are unshifted, -100 where nothing is trained. ``lengths``: those of the samples in the row."""
+    """Arrays are int32 ``[tokens]``; ``labels`` are unshifted, -100 where nothing is trained. ``lengths`` are those of
+    the samples in the row."""
 
-    input_ids: list[int]
-    labels: list[int]
+    input_ids: np.ndarray
+    labels: np.ndarray
     lengths: list[int]
 
 

@@ -3,7 +3,6 @@
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
-import datasets
 import numpy as np
 import pyarrow as pa
 
@@ -41,32 +40,66 @@ def write_samples(path: Path, samples: Iterable[StoredSample]) -> None:
             flush()
 
 
+class _Lists:
+    """A column of lists, each row an array that lies in the mapped file."""
+
+    def __init__(self, column: pa.ChunkedArray) -> None:
+        self._values = [chunk.values.to_numpy() for chunk in column.chunks]
+        self._offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
+        self._first_rows = np.cumsum([0, *map(len, column.chunks)])
+
+    def __getitem__(self, row: int) -> np.ndarray:
+        chunk = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        place = row - self._first_rows[chunk]
+        start, end = self._offsets[chunk][place : place + 2]
+        return self._values[chunk][start:end]
+
+    def lengths(self) -> np.ndarray:
+        """int64 ``[rows]``."""
+        return np.concatenate([np.zeros(0, np.int64), *map(np.diff, self._offsets)]).astype(np.int64)
+
+    def largest(self) -> int:
+        return max((int(values.max(initial=0)) for values in self._values), default=0)
+
+
 class Samples:
-    """The samples ``indices`` of a data set written by :func:`write_samples` (all of them by default)."""
+    """The samples ``indices`` of a file written by :func:`write_samples` (all of them by default)."""
 
     attention: PackedAttention | None = None
 
-    def __init__(self, dataset: datasets.Dataset, indices: np.ndarray | None = None) -> None:
-        self._dataset = dataset
-        self.indices = np.arange(len(dataset)) if indices is None else indices
-        table = dataset.data.table
-        lengths = np.concatenate(
-            [np.zeros(0, np.int64), *(pa.compute.list_value_length(c).to_numpy() for c in table["input_ids"].chunks)]
-        )
-        self.num_tokens = lengths.astype(np.int64)[self.indices]
-        self.num_trained = table["num_trained"].to_numpy().astype(np.int64)[self.indices]
-        self._prompt_lengths = table["prompt_length"]
+    def __init__(self, table: pa.Table, indices: np.ndarray | None = None) -> None:
+        self._table = table
+        self.indices = np.arange(len(table)) if indices is None else indices
+        self._input_ids, self._labels = _Lists(table["input_ids"]), _Lists(table["labels"])
+        self.num_tokens = self._input_ids.lengths()[self.indices]
+        self.num_trained = self._column("num_trained").astype(np.int64)
+        self._prompt_lengths = self._column("prompt_length")
 
     @classmethod
     def from_file(cls, path: Path) -> "Samples":
-        return cls(datasets.Dataset.from_file(str(path)))
+        return cls(pa.ipc.open_stream(pa.memory_map(str(path))).read_all())
 
     def __len__(self) -> int:
         return len(self.indices)
 
     def __getitem__(self, index: int) -> Item:
-        row = self._dataset[int(self.indices[index])]
-        return {"input_ids": row["input_ids"], "labels": row["labels"], "lengths": [len(row["input_ids"])]}
+        row = int(self.indices[index])
+        input_ids = self._input_ids[row]
+        return {"input_ids": input_ids, "labels": self._labels[row], "lengths": [len(input_ids)]}
+
+    def keys(self) -> np.ndarray:
+        """The split key of each sample."""
+        return self._column("key").astype("U32")
+
+    def prompt_length(self, index: int) -> int:
+        return int(self._prompt_lengths[index])
+
+    def part(self, chosen: np.ndarray) -> "Samples":
+        """The samples at these positions."""
+        return Samples(self._table, self.indices[chosen])
+
+    def _column(self, name: str) -> np.ndarray:
+        return self._table[name].to_numpy()[self.indices]
 
     @property
     def longest_sample(self) -> int:
@@ -74,19 +107,7 @@ class Samples:
 
     @property
     def largest_id(self) -> int:
-        chunks = self._dataset.data.table["input_ids"].chunks
-        return max((pa.compute.max(chunk.flatten()).as_py() or 0 for chunk in chunks), default=0)
-
-    def keys(self) -> np.ndarray:
-        """The split key of each sample."""
-        return np.array(self._dataset.data.table["key"].to_pylist(), dtype="U32")[self.indices]
-
-    def prompt_length(self, index: int) -> int:
-        return self._prompt_lengths[int(self.indices[index])].as_py()
-
-    def part(self, chosen: np.ndarray) -> "Samples":
-        """The samples at these positions."""
-        return Samples(self._dataset, self.indices[chosen])
+        return self._input_ids.largest()
 
 
 class PackedRows:
@@ -126,8 +147,7 @@ class RowsInMemory:
         self.attention = attention
         self.prompt_lengths = prompt_lengths
         self.num_tokens = np.array([len(item["input_ids"]) for item in items], dtype=np.int64)
-        trained = [sum(label != IGNORE for label in item["labels"]) for item in items]
-        self.num_trained = np.array(trained, dtype=np.int64)
+        self.num_trained = np.array([(item["labels"] != IGNORE).sum() for item in items], dtype=np.int64)
 
     def __len__(self) -> int:
         return len(self.items)
@@ -144,13 +164,22 @@ class RowsInMemory:
 
     @property
     def largest_id(self) -> int:
-        return max((max(item["input_ids"]) for item in self.items), default=0)
+        return max((int(item["input_ids"].max()) for item in self.items), default=0)
+
+
+def to_item(input_ids: list[int], labels: list[int]) -> Item:
+    """A row of one sample."""
+    return {
+        "input_ids": np.array(input_ids, dtype=np.int32),
+        "labels": np.array(labels, dtype=np.int32),
+        "lengths": [len(input_ids)],
+    }
 
 
 def join(items: Sequence[Item]) -> Item:
     """One row of several. Every sample's first label is -100 already, so nothing is predicted across a border."""
     return {
-        "input_ids": [token for item in items for token in item["input_ids"]],
-        "labels": [label for item in items for label in item["labels"]],
+        "input_ids": np.concatenate([item["input_ids"] for item in items]),
+        "labels": np.concatenate([item["labels"] for item in items]),
         "lengths": [length for item in items for length in item["lengths"]],
     }

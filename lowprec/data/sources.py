@@ -117,6 +117,11 @@ class HubSource:
         )
 
 
+# Files that lie beside data and describe them.
+_NOT_DATA = {"readme", "license", "licence", "notice", "citation", "changelog", "requirements"}
+_NOT_DATA |= {"dataset_info", "dataset_infos", "dataset_dict", "metadata"}
+
+
 def open_source(path: str, options: Data, *, key: str = "data.path") -> Source:
     """Find what ``path`` names.
 
@@ -163,7 +168,10 @@ def _files_of(folder: Path, split: str, key: str) -> list[Path]:
     files = [
         path
         for path in sorted(folder.rglob("*"))
-        if path.is_file() and kind_of(path) and not any(part.startswith(".") for part in path.relative_to(folder).parts)
+        if path.is_file()
+        and kind_of(path)
+        and path.name.partition(".")[0].lower() not in _NOT_DATA
+        and not any(part.startswith(".") for part in path.relative_to(folder).parts)
     ]
     if not files:
         raise UserError(f"{key}={folder}: the folder holds no data file ({_known_suffixes()}).")

@@ -24,7 +24,7 @@ from lowprec.data.order import State, Step
 from lowprec.data.packing import pack
 from lowprec.data.records import Record, RecordError
 from lowprec.data.rows import Item, PackedAttention
-from lowprec.data.samples import RowsInMemory, join
+from lowprec.data.samples import RowsInMemory, join, to_item
 from lowprec.data.sources import Source
 from lowprec.errors import UserError
 
@@ -96,7 +96,7 @@ def stream_samples(record: dict[str, Any], builder: Builder, path: str) -> list[
 
 def to_items(samples: list[StoredSample], row_length: int | None) -> list[Item]:
     """One row a sample, or packed rows of ``row_length``."""
-    items: list[Item] = [{"input_ids": s.input_ids, "labels": s.labels, "lengths": [len(s.input_ids)]} for s in samples]
+    items = [to_item(sample.input_ids, sample.labels) for sample in samples]
     if row_length is None:
         return items
     rows = pack([len(item["input_ids"]) for item in items], row_length)
@@ -111,7 +111,7 @@ class StreamOrder:
         self.seed = seed
 
     def first_state(self) -> State:
-        return {"epoch": 0, "block": 0, "taken": 0, "records": None, "seed": self.seed, "rows": None}
+        return {"epoch": 0, "block": 0, "taken": 0, "records": None, "seed": self.seed, "data": None}
 
     def steps(self, state: State, step_rows: int) -> Iterator[Step]:
         taken = state["taken"]

@@ -109,11 +109,13 @@ def test_resuming_with_another_division_goes_on_at_the_same_row(steps: Any, prep
 
 
 def test_resuming_with_other_data_is_refused(steps: Any, prepared: Prepare) -> None:
-    state = steps.loader(prepared(number=42), 2, 2).state_dict()
-    with pytest.raises(UserError, match="training rows"):
-        steps.loader(prepared(number=30), 2, 2).load_state_dict(state)
-    with pytest.raises(UserError, match=r"train\.seed was 3 and is 4"):
-        steps.loader(prepared(number=42), 2, 2, seed=4).load_state_dict(state)
+    state = steps.loader(prepared(), 2, 2).state_dict()
+    for other in ({"number": 41}, {"packing": True}, {"eval_fraction": 0.2}, {"train_on_prompt": True}):
+        with pytest.raises(UserError, match="not those of the checkpoint"):
+            steps.loader(prepared(**other), 2, 2).load_state_dict(state)
+    with pytest.raises(UserError, match=r"train\.seed=3, .* train\.seed=4"):
+        steps.loader(prepared(), 2, 2, seed=4).load_state_dict(state)
+    steps.loader(prepared(), 1, 1).load_state_dict(state)
 
 
 def test_num_steps(steps: Any, prepared: Prepare) -> None:

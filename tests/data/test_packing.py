@@ -11,7 +11,7 @@ from lowprec.data.collate import collate
 from lowprec.data.fit import packed_attention
 from lowprec.data.packing import pack
 from lowprec.data.rows import Item, PackedAttention
-from lowprec.data.samples import join
+from lowprec.data.samples import join, to_item
 from lowprec.errors import UserError
 from lowprec.testing import ARCHITECTURES, tiny_model
 
@@ -40,7 +40,7 @@ def samples(seed: int, lengths: list[int]) -> list[Item]:
     for length in lengths:
         ids = random.integers(1, 250, length).tolist()
         labels = [IGNORE, *np.where(random.random(length - 1) < 0.7, ids[1:], IGNORE).tolist()]
-        items.append({"input_ids": ids, "labels": labels, "lengths": [length]})
+        items.append(to_item(ids, labels))
     return items
 
 

@@ -33,7 +33,7 @@ def pairs(number: int, length: int = 3) -> list[dict]:
 
 
 def rows(prepared: PreparedData) -> list[list[int]]:
-    return sorted(p[i]["input_ids"] for p in (prepared.train, prepared.evaluation) for i in range(len(p)))
+    return sorted(p[i]["input_ids"].tolist() for p in (prepared.train, prepared.evaluation) for i in range(len(p)))
 
 
 def test_bad_records_are_told_by_place_the_first_five_and_their_number(jsonl: Write, prepare: Prepare) -> None:

@@ -24,7 +24,8 @@ def fill(folder: Path, *files: str) -> Path:
 
 
 def test_a_folder_is_all_its_data_files_in_order(tmp_path: Path) -> None:
-    fill(tmp_path, "b.jsonl", "a.csv", "sub/c.txt", "README.md", ".git/x.json", "d.jsonl.gz")
+    fill(tmp_path, "b.jsonl", "a.csv", "sub/c.txt", "d.jsonl.gz")
+    fill(tmp_path, "README.md", "LICENSE.txt", "dataset_infos.json", ".git/x.json")  # not data
     assert names(tmp_path) == ["a.csv", "b.jsonl", "d.jsonl.gz", "sub/c.txt"]
 
 
