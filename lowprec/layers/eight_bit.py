@@ -10,7 +10,7 @@ from lowprec_kernels.quantize_rows.reference import cast, dequantize, padded_row
 from torch.autograd.function import once_differentiable
 
 from lowprec.layers.products import Plan
-from lowprec.ops import quantize_columns, quantize_rows, rotate, scaled_matmul, transpose_codes
+from lowprec.ops import quantize_columns, quantize_rows, requantize_columns, rotate, scaled_matmul, transpose_codes
 
 
 class Codes(NamedTuple):
@@ -23,8 +23,7 @@ class Codes(NamedTuple):
 def weight_codes(weight: torch.Tensor, plan: Plan) -> Codes:
     """The forward product's weight operand ``[out, in]``. Scales that will be folded are powers of two."""
     folded = plan.shares_weight and plan.scale == "row"
-    partner = weight.new_ones(weight.shape[0], dtype=torch.float32) if folded else None
-    return _rows(weight, plan.in_block, plan.scale, plan.dtype, partner)
+    return _rows(weight, plan.in_block, plan.scale, plan.dtype, folded)
 
 
 def transposed_weight(weight: torch.Tensor | None, codes: Codes, plan: Plan) -> Codes:
@@ -36,6 +35,18 @@ def transposed_weight(weight: torch.Tensor | None, codes: Codes, plan: Plan) -> 
         return Codes(transpose_codes(codes.codes), codes.scale)
     largest = codes.scale.amax()
     return Codes(transpose_codes(codes.codes, codes.scale / largest), largest)
+
+
+def frozen_transposed_weight(codes: Codes, column_scale: torch.Tensor | None, plan: Plan) -> Codes:
+    """The input gradient's weight operand from the stored forward codes alone, made at each call (2 bytes of traffic a
+    weight). Where it is rotated otherwise, it is cast again with the column scales that were found once."""
+    if plan.shares_weight:
+        return transposed_weight(None, codes, plan)
+    if plan.scale == "tensor" or plan.error_scale == "tensor" or plan.error_in_block > 1:
+        return transposed_weight(decoded_weight(codes, plan, torch.bfloat16), codes, plan)
+    assert column_scale is not None
+    again = requantize_columns(*codes, plan.in_block, plan.error_out_block, column_scale)
+    return Codes(again, column_scale)
 
 
 def decoded_weight(codes: Codes, plan: Plan, dtype: torch.dtype) -> torch.Tensor:
@@ -66,8 +77,7 @@ def error_codes(error: torch.Tensor, plan: Plan, kept: tuple[torch.Tensor, ...] 
     if plan.error_token_block > 1:
         error = _rotated(_filled_up(error, plan.error_token_block), plan.error_token_block, axis=0)
     folded = kept is not None and plan.shares_error and not plan.weight_16bit and plan.error_scale == "row"
-    partner = kept[1] if folded else None
-    return _rows(error, plan.error_out_block, plan.error_scale, plan.dtype, partner)
+    return _rows(error, plan.error_out_block, plan.error_scale, plan.dtype, folded, kept[1] if folded else None)
 
 
 def input_gradient(error: Codes, weight: Codes, plan: Plan, tokens: int, out_dtype: torch.dtype) -> torch.Tensor:
@@ -90,7 +100,7 @@ def weight_gradient(
     x_codes, x_scale = kept
     if error_rows is None or not plan.shares_error:
         row = plan.weight_scale == "row"
-        error_rows = _rows(error, 1, plan.weight_scale, plan.dtype, x_scale if row else None)
+        error_rows = _rows(error, 1, plan.weight_scale, plan.dtype, row, x_scale if row else None)
     product_of_scales = error_rows.scale * x_scale
     if plan.weight_scale == "tensor":
         errors = Codes(transpose_codes(error_rows.codes), product_of_scales)
@@ -148,8 +158,8 @@ class FrozenProduct(torch.autograd.Function):
     def forward(ctx, x, bias, weight_forward, weight_scale, weight_backward, backward_scale, plan):
         y, _ = forward_product(x, Codes(weight_forward, weight_scale), bias, plan, x.dtype)
         both = weight_backward is not None
-        mine = (weight_backward, backward_scale) if both else (weight_forward, weight_scale)
-        ctx.save_for_backward(*mine)
+        mine = (weight_backward, None) if both else (weight_forward, weight_scale)
+        ctx.save_for_backward(*mine, backward_scale)
         ctx.plan, ctx.both, ctx.tokens, ctx.x_dtype = plan, both, x.shape[0], x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -158,21 +168,29 @@ class FrozenProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, error):
         plan, error = ctx.plan, error.contiguous()
-        codes = Codes(*ctx.saved_tensors)
+        codes, scale, backward_scale = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
-            if not ctx.both:
-                weight = None if plan.shares_weight else decoded_weight(codes, plan, error.dtype)
-                codes = transposed_weight(weight, codes, plan)
+            if ctx.both:
+                codes = Codes(codes, backward_scale)
+            else:
+                codes = frozen_transposed_weight(Codes(codes, scale), backward_scale, plan)
             grad_x = input_gradient(error_codes(error, plan, None), codes, plan, ctx.tokens, ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = error.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
         return grad_x, grad_bias, None, None, None, None, None
 
 
-def _rows(z: torch.Tensor, block: int, scale: str, dtype: torch.dtype, partner: torch.Tensor | None = None) -> Codes:
+def _rows(
+    z: torch.Tensor,
+    block: int,
+    scale: str,
+    dtype: torch.dtype,
+    power_of_two: bool = False,
+    partner: torch.Tensor | None = None,
+) -> Codes:
     if scale == "row":
-        return Codes(*quantize_rows(z, block, dtype, partner))
+        return Codes(*quantize_rows(z, block, dtype, power_of_two, partner))
     return _one_scale(_rotated(z, block), dtype)
 
 

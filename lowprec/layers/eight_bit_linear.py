@@ -149,9 +149,10 @@ class FrozenEightBitLinear(_EightBitLinear):
         forward = weight_codes(weight, self.plan)
         self._parameters["weight"] = nn.Parameter(forward.codes.view(torch.int8), requires_grad=False)
         self.register_buffer("scale_bits", forward.scale.view(torch.int32), persistent=False)
-        backward = transposed_weight(weight, forward, self.plan) if self.layout == "both" else None
-        self.register_buffer("backward_codes", backward and backward.codes.view(torch.int8), persistent=False)
-        self.register_buffer("backward_bits", backward and backward.scale.view(torch.int32), persistent=False)
+        backward = transposed_weight(weight, forward, self.plan)
+        codes = backward.codes.view(torch.int8) if self.layout == "both" else None
+        self.register_buffer("backward_codes", codes, persistent=False)
+        self.register_buffer("backward_bits", backward.scale.view(torch.int32), persistent=False)
 
     def _codes(self) -> Codes:
         return Codes(self._parameters["weight"].detach().view(self.plan.dtype), self.scale_bits.view(torch.float32))
@@ -167,10 +168,9 @@ class FrozenEightBitLinear(_EightBitLinear):
         return decoded_weight(self._codes(), self.plan, self.compute_dtype)
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
-        backward = (None, None)
-        if self.backward_codes is not None:
-            backward = (self.backward_codes.view(self.plan.dtype), self.backward_bits.view(torch.float32))
-        return FrozenProduct.apply(x, self.bias, *self._codes(), *backward, self.plan)
+        backward = None if self.backward_codes is None else self.backward_codes.view(self.plan.dtype)
+        scale = self.backward_bits.view(torch.float32)
+        return FrozenProduct.apply(x, self.bias, *self._codes(), backward, scale, self.plan)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         warnings.warn(

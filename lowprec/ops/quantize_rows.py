@@ -3,20 +3,18 @@
 import torch
 from lowprec_kernels.quantize_rows import reference
 
-from lowprec.ops.backends import Backend, choose, lazily, no_triton
+from lowprec.ops.backends import Backend, choose, define, lazily, no_rotation, no_triton
 
 LARGEST_DIM = 32768
 """A whole row is held by one program."""
 
 
-def _no_triton(x: torch.Tensor, block: int, dtype: torch.dtype, partner: torch.Tensor | None) -> str | None:
+def _no_triton(x, block, dtype, power_of_two, partner) -> str | None:
     if x.shape[-1] > LARGEST_DIM:
         return f"a row of {x.shape[-1]} is longer than {LARGEST_DIM}"
-    if block != 1 and not 16 <= block <= 256:
-        return f"a block of {block} is outside the 16 to 256 of the tensor cores' product"
     if x.dtype == torch.float64:
         return "fp64 runs in the reference"
-    return no_triton(x.device, dtype)
+    return no_rotation(block) or no_triton(x.device, dtype)
 
 
 BACKENDS = (
@@ -25,15 +23,20 @@ BACKENDS = (
 )
 
 
-@torch.library.custom_op("lowprec::quantize_rows", mutates_args=())
-def quantize_rows(
-    x: torch.Tensor, block: int, dtype: torch.dtype, partner: torch.Tensor | None = None
-) -> tuple[torch.Tensor, torch.Tensor]:
-    """Codes ``[rows, dim]`` and scales ``[rows]`` (fp32) of ``x [rows, dim]``, rotated along ``dim``; see the reference."""
-    return choose(BACKENDS, x, block, dtype, partner).run(x, block, dtype, partner)
+def _run(x, block, dtype, power_of_two=False, partner=None):
+    return choose(BACKENDS, x, block, dtype, power_of_two, partner).run(x, block, dtype, power_of_two, partner)
 
 
-@quantize_rows.register_fake
-def _(x: torch.Tensor, block: int, dtype: torch.dtype, partner: torch.Tensor | None = None):
+def _fake(x, block, dtype, power_of_two=False, partner=None):
     scales = torch.float64 if x.dtype == torch.float64 else torch.float32
     return x.new_empty(x.shape, dtype=dtype), x.new_empty(x.shape[0], dtype=scales)
+
+
+quantize_rows = define(
+    "quantize_rows(Tensor x, int block, ScalarType dtype, bool power_of_two=False, Tensor? partner=None)"
+    " -> (Tensor, Tensor)",
+    _run,
+    _fake,
+)
+"""``quantize_rows(x, block, dtype, power_of_two=False, partner=None)``: codes ``[rows, dim]`` and fp32 scales ``[rows]`` of
+``x [rows, dim]``, rotated along ``dim``; see the reference."""

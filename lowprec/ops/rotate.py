@@ -3,15 +3,11 @@
 import torch
 from lowprec_kernels.hadamard import reference
 
-from lowprec.ops.backends import Backend, choose, lazily, no_triton
+from lowprec.ops.backends import Backend, choose, define, lazily, no_rotation, no_triton
 
 
 def _no_triton(x: torch.Tensor, block: int, axis: int) -> str | None:
-    if not 16 <= block <= 256:
-        return f"a block of {block} is outside the 16 to 256 of the tensor cores' product"
-    if x.dtype == torch.float64:
-        return "fp64 runs in the reference"
-    return no_triton(x.device)
+    return "fp64 runs in the reference" if x.dtype == torch.float64 else no_rotation(block) or no_triton(x.device)
 
 
 BACKENDS = (
@@ -20,17 +16,12 @@ BACKENDS = (
 )
 
 
-@torch.library.custom_op("lowprec::rotate", mutates_args=())
-def rotate(x: torch.Tensor, block: int, axis: int = -1) -> torch.Tensor:
-    """``x [rows, dim]`` rotated along ``axis`` (0 or -1) in blocks of ``block`` (a power of two); same shape and dtype."""
-    if block == 1:
-        return x.clone()
-    return choose(BACKENDS, x, block, axis).run(x, block, axis)
+def _run(x: torch.Tensor, block: int, axis: int = -1) -> torch.Tensor:
+    return x.clone() if block == 1 else choose(BACKENDS, x, block, axis).run(x, block, axis)
 
 
-@rotate.register_fake
-def _(x: torch.Tensor, block: int, axis: int = -1) -> torch.Tensor:
-    return x.new_empty(x.shape)
+rotate = define("rotate(Tensor x, int block, int axis=-1) -> Tensor", _run, lambda x, block, axis=-1: torch.empty_like(x))
+"""``rotate(x, block, axis=-1)``: ``x [rows, dim]`` rotated along ``axis`` (0 or -1) in blocks of ``block``, a power of two."""
 
 
 def _setup(ctx, inputs: tuple, output: torch.Tensor) -> None:
@@ -38,7 +29,7 @@ def _setup(ctx, inputs: tuple, output: torch.Tensor) -> None:
 
 
 def _backward(ctx, grad: torch.Tensor) -> tuple:
-    return torch.ops.lowprec.rotate(grad.contiguous(), ctx.block, ctx.axis), None, None
+    return rotate(grad.contiguous(), ctx.block, ctx.axis), None, None
 
 
-rotate.register_autograd(_backward, setup_context=_setup)
+torch.library.register_autograd("lowprec::rotate", _backward, setup_context=_setup)

@@ -7,7 +7,7 @@ fp32 sums go through cuBLAS by ``torch._scaled_mm``.
 import torch
 from lowprec_kernels.scaled_matmul import reference
 
-from lowprec.ops.backends import FP8, Backend, choose, lazily, no_hopper, no_triton
+from lowprec.ops.backends import FP8, Backend, choose, define, lazily, no_hopper, no_triton
 
 
 def _no_persistent(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> str | None:
@@ -54,21 +54,20 @@ BACKENDS = (
 )
 
 
-@torch.library.custom_op("lowprec::scaled_matmul", mutates_args=())
-def scaled_matmul(
-    a: torch.Tensor,
-    scale_a: torch.Tensor,
-    b: torch.Tensor,
-    scale_b: torch.Tensor,
-    bias: torch.Tensor | None = None,
-    out_dtype: torch.dtype = torch.bfloat16,
-    fast_accumulation: bool = False,
-) -> torch.Tensor:
-    """``a [M, K]``, ``b [N, K]``, scales ``[M]`` or one, ``[N]`` or one: ``[M, N]`` in ``out_dtype``; see the reference."""
+def _run(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False):
     args = (a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation)
     return choose(BACKENDS, *args).run(*args)
 
 
-@scaled_matmul.register_fake
-def _(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False) -> torch.Tensor:
+def _fake(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False):
     return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
+
+
+scaled_matmul = define(
+    "scaled_matmul(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias=None,"
+    " ScalarType out_dtype=bfloat16, bool fast_accumulation=False) -> Tensor",
+    _run,
+    _fake,
+)
+"""``scaled_matmul(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False)``: ``a [M, K]``,
+``b [N, K]``, scales ``[M]`` or one, ``[N]`` or one, give ``[M, N]``; see the reference."""

@@ -1,9 +1,8 @@
 """``lowprec::transpose_codes``: 8-bit codes in the other orientation, the rows' factors folded in (e4m3 only)."""
 
-import torch
 from lowprec_kernels.quantize_rows import reference
 
-from lowprec.ops.backends import Backend, choose, lazily, no_triton
+from lowprec.ops.backends import Backend, choose, define, lazily, no_triton
 
 BACKENDS = (
     Backend(
@@ -15,13 +14,15 @@ BACKENDS = (
 )
 
 
-@torch.library.custom_op("lowprec::transpose_codes", mutates_args=())
-def transpose_codes(codes: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
-    """``codes [rows, dim]`` times ``factor [rows]`` as ``[dim, rows']``; rows' is a multiple of 16, filled with zeros."""
+def _run(codes, factor=None):
     return choose(BACKENDS, codes, factor).run(codes, factor)
 
 
-@transpose_codes.register_fake
-def _(codes: torch.Tensor, factor: torch.Tensor | None = None) -> torch.Tensor:
+def _fake(codes, factor=None):
     rows, dim = codes.shape
     return codes.new_empty(dim, (rows + 15) // 16 * 16)
+
+
+transpose_codes = define("transpose_codes(Tensor codes, Tensor? factor=None) -> Tensor", _run, _fake)
+"""``transpose_codes(codes, factor=None)``: ``codes [rows, dim]`` times ``factor [rows]`` as ``[dim, rows']``; rows' is a
+multiple of 16, filled with zeros."""

@@ -47,18 +47,22 @@ def cast(values: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 
 def quantize_rows(
-    x: torch.Tensor, block: int, dtype: torch.dtype, partner: torch.Tensor | None = None
+    x: torch.Tensor,
+    block: int,
+    dtype: torch.dtype,
+    power_of_two: bool = False,
+    partner: torch.Tensor | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """Codes ``[rows, dim]`` and scales ``[rows]`` of ``x [rows, dim]`` rotated along ``dim`` in blocks of ``block``.
 
-    With ``partner [rows]`` (positive), each scale is raised until scale x partner is a power of two. It costs e4m3 no
-    precision, and makes the factors that ``transpose_codes`` folds exact. A partner of ones makes the scales themselves
-    powers of two.
+    With ``power_of_two`` each scale is raised to a power of two, or with ``partner [rows]`` (positive) until scale x
+    partner is one. It costs e4m3 no precision, and makes the factors that ``transpose_codes`` folds exact.
     """
     z = rotate(_wide(x), block)
     amax = z.abs().amax(-1) if z.shape[-1] else z.new_zeros(z.shape[0])
     scale = scale_of(amax, dtype)
-    if partner is not None:
+    if power_of_two:
+        partner = torch.ones_like(scale) if partner is None else partner
         scale = (power_of_two_above((scale * partner).clamp_min(TINY)) / partner).clamp_min(TINY)
     return cast(z / scale[:, None], dtype), scale
 
@@ -90,6 +94,15 @@ def transpose_codes(codes: torch.Tensor, factor: torch.Tensor | None = None) -> 
         out = cast(codes.to(factor.dtype) * factor[:, None], codes.dtype)
     padding = (0, 0, 0, padded_rows(rows, 1) - rows)
     return torch.nn.functional.pad(out.view(torch.int8), padding).t().contiguous().view(codes.dtype)
+
+
+def requantize_columns(
+    codes: torch.Tensor, scale: torch.Tensor, in_block: int, row_block: int, column_scale: torch.Tensor
+) -> torch.Tensor:
+    """``quantize_columns`` of what row-wise codes ``[rows, dim]`` stand for: decoded, un-rotated along ``dim``, rotated
+    along the rows and cast with the scales ``column_scale [dim]``, which are known: codes ``[dim, rows']``."""
+    z = rotate(dequantize(codes, scale), in_block)
+    return quantize_columns(z, row_block, codes.dtype, column_scale)[0]
 
 
 def padded_rows(rows: int, block: int) -> int:

@@ -49,7 +49,7 @@ def _cast(x, LARGEST: tl.constexpr, dtype: tl.constexpr):
 def _quantize_rows(
     x_ptr, q_ptr, s_ptr, partner_ptr, rows, stride, tiles, PROGRAMS,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
-    LARGEST: tl.constexpr, PARTNER: tl.constexpr, FP32: tl.constexpr, STAGES: tl.constexpr,
+    LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, PARTNER: tl.constexpr, FP32: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ROWS whole rows at a time. Rotated, the tile is read as [groups, BLOCK] and multiplied by the signs, which each
     program makes once: making them costs as much as 40 % of the pass where a program lives for one tile."""
@@ -72,9 +72,10 @@ def _quantize_rows(
         else:
             z = tl.load(x_ptr + row[:, None] * stride + column[None, :], inside, 0.0).to(tl.float32)
         scale = _scale_of(tl.max(_magnitude_bits(z), 1), LARGEST)
-        if PARTNER:
-            partner = tl.load(partner_ptr + row, row < rows, 1.0)
-            scale = _at_least(_power_of_two_above(_at_least(scale * partner, SMALLEST)) / partner, SMALLEST)
+        if POWER_OF_TWO:
+            partner = tl.load(partner_ptr + row, row < rows, 1.0) if PARTNER else 1.0
+            scale = _power_of_two_above(_at_least(scale * partner, SMALLEST)) / partner
+            scale = _at_least(scale, SMALLEST)
         q = _cast(z * (1.0 / scale)[:, None], LARGEST, q_ptr.dtype.element_ty)
         tl.store(q_ptr + row[:, None] * DIM + column[None, :], q, inside)
         tl.store(s_ptr + row, scale, row < rows)
@@ -146,16 +147,40 @@ def _transpose_codes(
     tl.store(t_ptr + column[:, None] * padded + row[None, :], tl.trans(q), into)
 
 
+@triton.jit
+def _requantize_columns(
+    q_ptr, s_ptr, t_ptr, column_scale_ptr, rows, padded, dim,
+    IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
+    LARGEST: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
+    """ROWS by COLUMNS a program; COLUMNS is IN_BLOCK where that rotates, ROWS a multiple of ROW_BLOCK."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
+    inside = (row < rows)[:, None] & (column < dim)[None, :]
+    q = tl.load(q_ptr + row[:, None] * dim + column[None, :], inside, 0.0)
+    z = q.to(tl.float32) * tl.load(s_ptr + row, row < rows, 0.0)[:, None]
+    if IN_BLOCK > 1:
+        z = z if FP32 else z.to(tl.bfloat16)
+        z = tl.dot(z, signs(IN_BLOCK, FP32), input_precision="ieee")
+    if ROW_BLOCK > 1:
+        i = tl.arange(0, ROWS)
+        same = (i[:, None] // ROW_BLOCK) == (i[None, :] // ROW_BLOCK)
+        h = tl.where(same, signs(ROWS, FP32), 0.0)  # of the larger matrix's blocks on the diagonal, each is the smaller one
+        z = tl.dot(h if FP32 else h.to(tl.bfloat16), z if FP32 else z.to(tl.bfloat16), input_precision="ieee")
+    scale = tl.load(column_scale_ptr + column, column < dim, 1.0)
+    q = _cast(z * (NORM / scale)[None, :], LARGEST, t_ptr.dtype.element_ty)
+    into = (column < dim)[:, None] & (row < padded)[None, :]
+    tl.store(t_ptr + column[:, None] * padded + row[None, :], tl.trans(q), into)
+
+
 def quantize_rows(
     x: torch.Tensor,
     block: int,
     dtype: torch.dtype,
+    power_of_two: bool = False,
     partner: torch.Tensor | None = None,
     *,
-    tile: int | None = None,
-    warps: int = 4,
-    stages: int = 1,
-    programs: int = 0,
+    settings: tuple[int, int, int, int] | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.quantize_rows``; ``x [rows, dim]`` with contiguous rows, in bf16, fp16 or fp32."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -165,15 +190,28 @@ def quantize_rows(
     if rows == 0:
         return codes, scale
     padded = triton.next_power_of_2(dim)
-    tile = tile or (16384 if block > 1 else 4096)
+    tile, warps, stages, per_core = settings or _row_settings(padded, block)
     at_once = max(1, tile // padded, 16 * block // padded if block > 1 else 1)
     tiles = triton.cdiv(rows, at_once)
-    programs = min(tiles, programs or tiles)
+    cores = 1 if INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
+    programs = min(tiles, per_core * cores) if per_core else tiles
     _quantize_rows[(programs,)](
         x, codes, scale, partner, rows, x.stride(0), tiles, programs, dim, padded, block, at_once, block**-0.5,
-        LARGEST_CODE[dtype], partner is not None, INTERPRETED, stages, num_warps=warps,
+        LARGEST_CODE[dtype], power_of_two, partner is not None, INTERPRETED, stages, num_warps=warps,
     )  # fmt: skip
     return codes, scale
+
+
+def _row_settings(padded: int, block: int) -> tuple[int, int, int, int]:
+    """Elements a tile, warps, stages, programs a multiprocessor (0: one for each tile), found by trial on an H100:
+    87 to 94 % of the copy bandwidth at block 64 for rows of 1536 to 14336, and 100 % unrotated."""
+    if block == 1:
+        return max(4096, padded), 4 if padded <= 16384 else 8, 1, 0
+    if padded <= 2048:
+        return 4096, 4, 1, 8
+    if padded <= 8192:
+        return 8192, 4, 1, 4
+    return padded, 8, 2, 4
 
 
 def quantize_columns(
@@ -225,5 +263,22 @@ def transpose_codes(
     _transpose_codes[(triton.cdiv(padded, tile[0]), triton.cdiv(dim, tile[1]))](
         codes.view(torch.int8) if plain else codes, out.view(torch.int8) if plain else out, factor, rows, padded, dim,
         *tile, not plain, num_warps=warps,
+    )  # fmt: skip
+    return out
+
+
+def requantize_columns(
+    codes: torch.Tensor, scale: torch.Tensor, in_block: int, row_block: int, column_scale: torch.Tensor
+) -> torch.Tensor:
+    """See ``reference.requantize_columns``; contiguous ``codes [rows, dim]``."""
+    rows, dim = codes.shape
+    padded = padded_rows(rows, row_block)
+    out = torch.empty(dim, padded, dtype=codes.dtype, device=codes.device)
+    if out.numel() == 0:
+        return out
+    tall, wide = max(64, row_block), in_block if in_block > 1 else 64
+    _requantize_columns[(triton.cdiv(padded, tall), triton.cdiv(dim, wide))](
+        codes, scale, out, column_scale, rows, padded, dim, in_block, row_block, tall, wide,
+        (in_block * row_block) ** -0.5, LARGEST_CODE[codes.dtype], INTERPRETED, num_warps=4,
     )  # fmt: skip
     return out
