@@ -183,7 +183,8 @@ class SsdStore:
     def _result(self, future: "Future[Any]") -> Any:
         try:
             return future.result()
-        except OSError as error:
+        except BaseException as error:
+            self._error = self._error or error  # a step is torn from here on: nothing may be saved of it
             raise self._failure(error) from error
 
     # Writing behind ---------------------------------------------------------------------------------------------------

@@ -157,10 +157,10 @@ def check_parameters(folder: Path, header: Header, numels: dict[str, int], forma
             + ". Resume with the model, adapter and frozen layers of the saved run."
         )
     for name, numel in numels.items():
-        saved = header.parameters[name]
-        if saved["numel"] != numel:
+        if header.numel_of(name) != numel:
             raise UserError(
-                f"{folder}: parameter {name} was saved with {saved['numel']} elements, but has {numel} now."
+                f"{folder}: parameter {name} was saved with {header.numel_of(name)} elements, but has {numel} now: resume "
+                "with the model of the saved run."
             )
         if header.format_of(name) != formats[name]:
             raise UserError(
