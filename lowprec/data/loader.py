@@ -102,7 +102,7 @@ class StepLoader:
         train = prepared.train
         self._order: Order
         if isinstance(train, Stream):
-            self._order = StreamOrder(train, seed)
+            self._order = StreamOrder(train, seed, prepared.fingerprint)
         else:
             self._order = EpochOrder(train, seed, prepared.fingerprint)
         self.batch_size = per_device_batch_size

@@ -34,7 +34,7 @@ class Order(Protocol):
 class EpochOrder:
     """Every epoch is a permutation of all rows, drawn from ``seed + epoch``. ``fingerprint`` tells these rows."""
 
-    def __init__(self, rows: Rows, seed: int, fingerprint: str | None) -> None:
+    def __init__(self, rows: Rows, seed: int, fingerprint: str) -> None:
         self.rows = rows
         self.seed = seed
         self.fingerprint = fingerprint

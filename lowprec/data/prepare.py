@@ -4,6 +4,7 @@ import hashlib
 import json
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from transformers import PreTrainedTokenizerBase
@@ -55,8 +56,8 @@ class PreparedData:
     prompts: list[Prompt]
     path: str
     format: str
-    fingerprint: str | None = None
-    """Tells the training rows by their contents, whatever they were read from; None for a stream."""
+    fingerprint: str
+    """Tells the training rows by their contents, whatever they were read from; a stream by its options and its head."""
 
 
 def prepare_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreparedData:
@@ -105,7 +106,7 @@ def prepare_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int) -
         prompts=_prompts(evaluation, tokenizer),
         path=data.path,
         format=summary.format,
-        fingerprint=_fingerprint(train, train_rows),
+        fingerprint=_digest(train.keys(), train.num_tokens, train.num_trained, train_rows.num_tokens),
     )
 
 
@@ -137,13 +138,16 @@ def _prepare_stream(source: Source, data: Data, encoder: Encoder) -> PreparedDat
         max_length=data.max_length,
         eval_samples=len(head) or int(evaluation.num_tokens.size),
     )
+    held_out_keys = sorted({sample.key for sample in head})
+    options = json.dumps([data.path, data.packing, data.shuffle_buffer, _deciding(data)], sort_keys=True)
     return PreparedData(
-        train=Stream(source, builder, held_out=frozenset(sample.key for sample in head), skip=skip),
+        train=Stream(source, builder, held_out=frozenset(held_out_keys), skip=skip),
         evaluation=evaluation,
         summary=summary,
         prompts=prompts,
         path=data.path,
         format=summary.format,
+        fingerprint=_digest(np.array(held_out_keys), np.array(options)),
     )
 
 
@@ -156,9 +160,10 @@ def _eval_samples(data: Data, encoder: Encoder) -> Samples:
 
 def _samples(source: Source, data: Data, encoder: Encoder, *, key: str) -> tuple[Samples, Counts]:
     """The tokenised samples of a source, from the cache where they are there."""
-    deciding = {name: value for name, value in asdict(data).items() if name in _DECIDING}
     fingerprint = source.fingerprint()
-    entry_key = cache_key(source=fingerprint, options=deciding, tokenizer=tokenizer_fingerprint(encoder.tokenizer))
+    entry_key = cache_key(
+        source=fingerprint, options=_deciding(data), tokenizer=tokenizer_fingerprint(encoder.tokenizer)
+    )
 
     def build(folder: Path) -> None:
         builder = Builder(data, encoder)
@@ -175,13 +180,17 @@ def _samples(source: Source, data: Data, encoder: Encoder, *, key: str) -> tuple
     return Samples.from_file(entry / "samples.arrow"), counts
 
 
+def _deciding(data: Data) -> dict[str, Any]:
+    return {name: value for name, value in asdict(data).items() if name in _DECIDING}
+
+
 def _rows(samples: Samples, data: Data) -> Rows:
     return PackedRows(samples, pack(samples.num_tokens.tolist(), data.max_length)) if data.packing else samples
 
 
-def _fingerprint(train: Samples, rows: Rows) -> str:
+def _digest(*arrays: np.ndarray) -> str:
     digest = hashlib.sha256()
-    for array in (train.keys(), train.num_tokens, train.num_trained, rows.num_tokens):
+    for array in arrays:
         digest.update(array.tobytes())
     return digest.hexdigest()[:32]
 

@@ -104,14 +104,15 @@ def to_items(samples: list[StoredSample], row_length: int | None) -> list[Item]:
 
 
 class StreamOrder:
-    """The steps of a stream; at its end it begins anew, shuffled otherwise."""
+    """The steps of a stream; at its end it begins anew, shuffled otherwise. ``fingerprint`` tells what makes them."""
 
-    def __init__(self, stream: Stream, seed: int) -> None:
+    def __init__(self, stream: Stream, seed: int, fingerprint: str) -> None:
         self.stream = stream
         self.seed = seed
+        self.fingerprint = fingerprint
 
     def first_state(self) -> State:
-        return {"epoch": 0, "block": 0, "taken": 0, "records": None, "seed": self.seed, "data": None}
+        return {"epoch": 0, "block": 0, "taken": 0, "records": None, "seed": self.seed, "data": self.fingerprint}
 
     def steps(self, state: State, step_rows: int) -> Iterator[Step]:
         taken = state["taken"]

@@ -75,6 +75,13 @@ def test_resuming_is_exact(steps: Any, stream: Callable[..., PreparedData], stop
     assert all(map(steps.equal, undisturbed[stop:], steps.take(resumed, 28 - stop)))
 
 
+def test_resuming_with_other_blocks_is_refused(steps: Any, stream: Callable[..., PreparedData]) -> None:
+    state = steps.loader(stream(), 2, 2).state_dict()
+    for other in ({"shuffle_buffer": 9}, {"packing": True}, {"eval_samples": 6}, {"max_length": 65}):
+        with pytest.raises(UserError, match="not those of the checkpoint"):
+            steps.loader(stream(**other), 2, 2).load_state_dict(state)
+
+
 def test_processes_share_each_step_without_duplicates(steps: Any, stream: Callable[..., PreparedData]) -> None:
     data = stream()
     whole = steps.take(steps.loader(data, 4, 1), 15)
