@@ -6,6 +6,9 @@ products run in the model's dtype.
 """
 
 import re
+import warnings
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -113,7 +116,8 @@ class Lora:
             fan_in_fan_out=any(isinstance(module, Conv1D) for module in targeted),
         )
         dtype = model.dtype
-        peft_model = get_peft_model(model, config)
+        with quiet_peft():
+            peft_model = get_peft_model(model, config)
         _train_in_fp32(peft_model, dtype)
         return peft_model
 
@@ -128,6 +132,14 @@ class Lora:
         config.base_model_name_or_path = str(source.path) if source.is_path else source.name
         config.revision = options.revision
         model.save_pretrained(str(folder), save_embedding_layers=False)
+
+
+@contextmanager
+def quiet_peft() -> Iterator[None]:
+    """Silence what PEFT and transformers say to each other about their own renamed attributes."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", category=FutureWarning)
+        yield
 
 
 def _train_in_fp32(model: "PeftModel", dtype: torch.dtype) -> None:

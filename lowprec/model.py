@@ -126,6 +126,7 @@ def load_config(options: Model, source: ModelSource | None = None) -> "PreTraine
     path, keywords = _arguments(options, source)
     with explained(source):
         config = transformers.AutoConfig.from_pretrained(path, **keywords)
+    vars(config).pop("_model_name_or_path", None)  # the title inside a GGUF file; saved configs would carry it on
     own_code = options.trust_remote_code and "AutoModelForCausalLM" in (getattr(config, "auto_map", None) or {})
     if type(config) not in transformers.MODEL_FOR_CAUSAL_LM_MAPPING and not own_code:
         raise UserError(

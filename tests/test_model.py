@@ -1,13 +1,16 @@
 import json
 import shutil
 from pathlib import Path
+from unittest.mock import Mock
 
 import bitsandbytes as bnb
 import pytest
 import torch
 from accelerate import Accelerator
+from huggingface_hub import errors
 from safetensors.torch import load_file, save_file
 from transformers import (
+    AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
     BertConfig,
@@ -68,7 +71,8 @@ def test_a_gguf_file_becomes_a_plain_model_that_trains_and_saves(tmp_path, dtype
     assert Accelerator(cpu=True).prepare(model) is model
     assert train_a_step(model) > 0
     model.save_pretrained(tmp_path / "saved")
-    assert "quantization" not in (tmp_path / "saved" / "config.json").read_text()
+    saved = (tmp_path / "saved" / "config.json").read_text()
+    assert "quantization" not in saved and "_model_name_or_path" not in saved
     again = AutoModelForCausalLM.from_pretrained(tmp_path / "saved", dtype="auto")
     assert torch.equal(again(IDS).logits, model.eval()(IDS).logits)
     tokenizer = load_tokenizer(options(path))
@@ -142,6 +146,36 @@ def test_a_hub_name_without_a_network(tmp_path, monkeypatch):
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path))
     assert "hub cannot be reached" in error_of("no-such-owner/no-such-model")
+
+
+@pytest.mark.parametrize(
+    "kind, message",
+    [
+        (errors.GatedRepoError, "is gated. Accept its terms.*hf auth login"),
+        (errors.RevisionNotFoundError, "no such revision. Correct model.revision"),
+        (errors.RepositoryNotFoundError, "neither a local folder nor a model on the hub"),
+        (errors.LocalEntryNotFoundError, "the hub cannot be reached"),
+    ],
+)
+def test_what_the_hub_answers(monkeypatch, kind, message):
+    def answer(*args, **kwargs):
+        try:
+            raise kind("the hub's own words") if kind is errors.LocalEntryNotFoundError else kind("x", response=Mock())
+        except kind as error:
+            raise OSError("what transformers makes of it") from error
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", answer)
+    with pytest.raises(UserError, match=f"model.model_name_or_path=owner/model.*{message}"):
+        load_model(options("owner/model"))
+
+
+def test_running_out_of_memory_is_no_fault_of_the_files(tmp_path, monkeypatch):
+    def too_large(*args, **kwargs):
+        raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", too_large)
+    with pytest.raises(torch.OutOfMemoryError):
+        load_model(options(save_tiny(tmp_path, "llama")))
 
 
 def test_folders_that_hold_something_else(tmp_path):
@@ -229,7 +263,7 @@ def test_weights_in_another_quantised_format_are_refused(tmp_path):
 
 
 def test_dtypes(tmp_path, monkeypatch):
-    with pytest.raises(UserError, match="model.dtype=int8 is not one of bf16, fp16, fp32"):
+    with pytest.raises(UserError, match="model.dtype=int8 is not one of auto, bf16, fp16, fp32"):
         options("x", dtype="int8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
     monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "Tesla T4")

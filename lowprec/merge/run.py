@@ -20,6 +20,7 @@ from rich.table import Table
 from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
+from lowprec.adapter import quiet_peft
 from lowprec.checkpoint import atomic_folder
 from lowprec.config import RECIPE_FILE, Recipe, resolve
 from lowprec.errors import UserError
@@ -53,6 +54,8 @@ class MergeResult:
     def render(self, console: Console) -> None:
         """Print a table, and the notes below it."""
         table = Table(box=None, show_header=False)
+        table.add_column(overflow="fold")
+        table.add_column(overflow="fold")
         table.add_row("merged", str(self.output))
         table.add_row("base", self.base)
         table.add_row("layers updated", str(self.num_layers))
@@ -61,9 +64,9 @@ class MergeResult:
         table.add_row("size", f"{self.num_bytes / GIB:.2f} GiB, {', '.join(self.dtypes)}")
         for gap in self.differences:
             table.add_row(
-                f"largest logit difference from {gap.against}",
-                f"{gap.largest:.4f} (rms {gap.root_mean_square:.4f}, largest logit {gap.largest_logit:.1f}, same top "
-                f"token at {gap.same_top_token:.0%} of {gap.num_tokens} positions)",
+                f"logits, against {gap.against}",
+                f"largest difference {gap.largest:.4f}, rms {gap.root_mean_square:.4f}, where the largest logit is "
+                f"{gap.largest_logit:.1f}; same top token at {gap.same_top_token:.0%} of {gap.num_tokens} positions",
             )
         console.print(table, highlight=False)
         for note in self.notes:
@@ -279,7 +282,8 @@ def _differences(
     ids = sample_tokens(tokenizer, text)
 
     def with_adapter(model: Any) -> torch.Tensor:
-        return logits_of(PeftModel.from_pretrained(model.to(device), str(adapter)), ids)
+        with quiet_peft():
+            return logits_of(PeftModel.from_pretrained(model.to(device), str(adapter)), ids)
 
     base: Any = load_model(options, device=device) if loaded is None else loaded
     references = {"base + adapter": with_adapter(base.to(options.torch_dtype))}

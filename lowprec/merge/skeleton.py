@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from torch import nn
 from transformers import AutoModelForCausalLM, PreTrainedConfig
 
+from lowprec.adapter import quiet_peft
 from lowprec.errors import UserError
 
 WEIGHTS = "adapter_model.safetensors"
@@ -46,9 +47,11 @@ class AdaptedSkeleton:
         self._layers: dict[str, LoraLayer] = {}
         self._replaced: dict[str, torch.Tensor] = {}
         values = _load(adapter)
+        model.name_or_path = lora.base_model_name_or_path or ""
         try:
-            peft_model = get_peft_model(model, lora, _ADAPTER, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
-            loaded: Any = set_peft_model_state_dict(peft_model, values, _ADAPTER, low_cpu_mem_usage=True)
+            with quiet_peft():
+                peft_model = get_peft_model(model, lora, _ADAPTER, autocast_adapter_dtype=False, low_cpu_mem_usage=True)
+                loaded: Any = set_peft_model_state_dict(peft_model, values, _ADAPTER, low_cpu_mem_usage=True)
         except (RuntimeError, ValueError, KeyError) as error:
             raise UserError(_other_model(adapter, " ".join(str(error).split())[:500])) from error
         if loaded.unexpected_keys:

@@ -202,7 +202,9 @@ def test_a_qlora_run_merges_into_the_original_files_and_says_so(tmp_path):
     console = Console(record=True, width=150)
     result.render(console)
     text = console.export_text()
-    assert f"{trained.largest:.4f}" in text and "layers updated" in text and "14" in text
+    assert (
+        f"{trained.largest:.4f}" in text and "nf4 base + adapter" in text and "layers updated" in text and "14" in text
+    )
 
 
 def test_dtype_and_base_can_be_named(tmp_path):
