@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from lowprec.data.cache import cache_key, cached, default_cache_dir, tokenizer_f
 from lowprec.data.chat import Encoder
 from lowprec.data.options import Data
 from lowprec.data.packing import pack
+from lowprec.data.records import Record
 from lowprec.data.rows import PackedAttention, Rows
 from lowprec.data.samples import PackedRows, RowsInMemory, Samples, write_samples
 from lowprec.data.sources import Source, first_records, open_source
@@ -23,6 +25,7 @@ from lowprec.data.summary import DataSummary, length_histogram
 from lowprec.errors import UserError
 
 NUM_PROMPTS = 8
+OnProgress = Callable[[str], object] | None
 
 # What decides the tokenised samples; the rest of ``Data`` chooses among them or packs them.
 _DECIDING = (
@@ -60,7 +63,9 @@ class PreparedData:
     """Tells the training rows by their contents, whatever they were read from; a stream by its options and its head."""
 
 
-def prepare_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int) -> PreparedData:
+def prepare_data(
+    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_progress: OnProgress = None
+) -> PreparedData:
     """Read, check, tokenise (or find in the cache), split and pack; with ``data.streaming``, only what is held out.
 
     Several processes may call it at once: one builds, the others wait and read.
@@ -69,6 +74,7 @@ def prepare_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int) -
         data: The recipe's group.
         tokenizer: A fast tokenizer; ``data.chat_template`` is set on it.
         seed: Of the run. Nothing here depends on it: the split is by content, and the order is the loader's.
+        on_progress: Told now and then how many records have been read, where they are not in the cache.
 
     Raises:
         UserError: there are no data, or bad records: the first five with their places, and how many there are.
@@ -77,12 +83,12 @@ def prepare_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int) -
     source = open_source(data.path, data)
     if data.streaming:
         return _prepare_stream(source, data, encoder)
-    samples, counts = _samples(source, data, encoder, key="data.path")
+    samples, counts = _samples(source, data, encoder, key="data.path", on_progress=on_progress)
     if data.eval_path is None:
         marked = held_out(samples.keys(), data.eval_fraction)
         train, evaluation = samples.part(np.flatnonzero(~marked)), samples.part(np.flatnonzero(marked))
     else:
-        train, evaluation = samples, _eval_samples(data, encoder)
+        train, evaluation = samples, _eval_samples(data, encoder, on_progress)
     train_rows = _rows(train, data)
     summary = DataSummary(
         path=data.path,
@@ -151,14 +157,17 @@ def _prepare_stream(source: Source, data: Data, encoder: Encoder) -> PreparedDat
     )
 
 
-def _eval_samples(data: Data, encoder: Encoder) -> Samples:
+def _eval_samples(data: Data, encoder: Encoder, on_progress: OnProgress = None) -> Samples:
     """All samples of ``data.eval_path``, read before training and never cut by ``data.max_samples``."""
     assert data.eval_path is not None
     whole = replace(data, streaming=False, max_samples=None)
-    return _samples(open_source(data.eval_path, whole, key="data.eval_path"), whole, encoder, key="data.eval_path")[0]
+    source = open_source(data.eval_path, whole, key="data.eval_path")
+    return _samples(source, whole, encoder, key="data.eval_path", on_progress=on_progress)[0]
 
 
-def _samples(source: Source, data: Data, encoder: Encoder, *, key: str) -> tuple[Samples, Counts]:
+def _samples(
+    source: Source, data: Data, encoder: Encoder, *, key: str, on_progress: OnProgress
+) -> tuple[Samples, Counts]:
     """The tokenised samples of a source, from the cache where they are there."""
     fingerprint = source.fingerprint()
     entry_key = cache_key(
@@ -167,7 +176,7 @@ def _samples(source: Source, data: Data, encoder: Encoder, *, key: str) -> tuple
 
     def build(folder: Path) -> None:
         builder = Builder(data, encoder)
-        records = first_records(source, data.max_samples)
+        records = _told(first_records(source, data.max_samples), source.name, on_progress)
         samples = build_samples(records, builder, path=source.name, key=key)
         write_samples(folder / "samples.arrow", samples)
         if source.fingerprint() != fingerprint:
@@ -178,6 +187,13 @@ def _samples(source: Source, data: Data, encoder: Encoder, *, key: str) -> tuple
     entry = cached(folder, entry_key, build)
     counts = Counts(**json.loads((entry / "counts.json").read_text(encoding="utf-8")))
     return Samples.from_file(entry / "samples.arrow"), counts
+
+
+def _told(records: Iterator[Record], name: str, on_progress: OnProgress) -> Iterator[Record]:
+    for number, record in enumerate(records, 1):
+        if on_progress is not None and number % 1000 == 0:
+            on_progress(f"{name}: {number:,} records read")
+        yield record
 
 
 def _deciding(data: Data) -> dict[str, Any]:

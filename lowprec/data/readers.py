@@ -64,7 +64,7 @@ def _read_jsonl(path: Path, name: str) -> Iterator[Record]:
 
 def _parsed(text: str, where: str) -> Record:
     try:
-        return _as_record(json.loads(text), where)
+        return _as_record(json.loads(text.rstrip("\r\n")), where)
     except json.JSONDecodeError as error:
         return Record(where=where, problem=f"invalid JSON at column {error.colno}: {error.msg}")
 

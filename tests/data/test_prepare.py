@@ -168,6 +168,14 @@ def test_a_file_that_changes_while_it_is_read_is_refused(
         prepare(path)
 
 
+def test_progress_is_told_while_records_are_read(jsonl: Write, tmp_path: Path, tokenizer: Any) -> None:
+    data = Data(path=str(jsonl(*pairs(2100))), cache_dir=str(tmp_path / "cache"))
+    told: list[str] = []
+    for _ in range(2):  # the second time from the cache
+        prepare_data(data, tokenizer, seed=0, on_progress=told.append)
+    assert [text.rpartition(": ")[2] for text in told] == ["1,000 records read", "2,000 records read"]
+
+
 def test_the_cached_counts_are_those_of_the_first_reading(jsonl: Write, prepare: Prepare) -> None:
     path = jsonl(*pairs(6), {"prompt": "long", "completion": "b" * 300})
     assert prepare(path, max_length=100).summary.to_dict() == prepare(path, max_length=100).summary.to_dict()
