@@ -1,10 +1,14 @@
 """Fixtures and skips that the whole suite shares."""
 
+import os
 from importlib.util import find_spec
 from pathlib import Path
 
-import pytest
-import torch
+if not Path("/dev/nvidiactl").exists():  # without a GPU Triton's kernels are interpreted; it reads this when first imported
+    os.environ.setdefault("TRITON_INTERPRET", "1")
+
+import pytest  # noqa: E402
+import torch  # noqa: E402
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -1,4 +1,5 @@
-"""The three 8-bit products as functions of tensors, and the two autograd functions made of them. Equations: products.py.
+"""The three 8-bit products as functions of tensors, and the two autograd functions made of them. Equations:
+products.py.
 
 Shapes: X [tokens, in], W [out, in], Y and E = dL/dY [tokens, out], G [out, in]. Scales stay on the device throughout.
 """
@@ -90,7 +91,8 @@ def input_gradient(error: Codes, weight: Codes, plan: Plan, tokens: int, out_dty
 def weight_gradient(
     error: torch.Tensor, error_rows: Codes | None, kept: tuple[torch.Tensor, ...], plan: Plan, out_dtype: torch.dtype
 ) -> torch.Tensor:
-    """G ``[out, in]`` from E ``[tokens, out]`` (and its codes, where the input gradient made them) and what was kept of X."""
+    """G ``[out, in]`` from E ``[tokens, out]`` (and its codes, where the input gradient made them) and what was kept
+    of X."""
     if plan.weight_16bit:
         return (error.t() @ kept[0].to(error.dtype)).to(out_dtype)
     if not plan.shares_input:

@@ -1,4 +1,5 @@
-"""Linear layers with 8-bit products: one for weights that train, one for weights that are frozen and stored as codes."""
+"""Linear layers with 8-bit products: one for weights that train, one for weights that are frozen and stored as
+codes."""
 
 import warnings
 
@@ -46,10 +47,10 @@ class _EightBitLinear(nn.Linear):
 class TrainedEightBitLinear(_EightBitLinear):
     """A linear layer whose weight stays an ordinary parameter; all three products run in 8 bits.
 
-    ``cache`` says what outlives a call: ``none``; ``one``, the codes of the forward product; ``both``, those of the input
-    gradient too. They are made again when the weight is another tensor or its version counter has moved, which every
-    in-place operation, optimizer step and ``load_state_dict`` does. Writing through ``weight.data`` does not move it:
-    call ``forget_codes()`` after that.
+    ``cache`` says what outlives a call: ``none``; ``one``, the codes of the forward product; ``both``, those of the
+    input gradient too. They are made again when the weight is another tensor or its version counter has moved, which
+    every in-place operation, optimizer step and ``load_state_dict`` does. Writing through ``weight.data`` does not
+    move it: call ``forget_codes()`` after that.
     """
 
     def __init__(self, linear: nn.Linear, plan: Plan, cache: str):
@@ -125,11 +126,12 @@ class DecodedWeight(torch.Tensor):
 
 
 class FrozenEightBitLinear(_EightBitLinear):
-    """A linear layer whose weight is stored as 8-bit codes alone; the products of forward and input gradient run in 8 bits.
+    """A linear layer whose weight is stored as 8-bit codes alone; the products of forward and input gradient run in 8
+    bits.
 
     The parameter registered as ``weight`` holds the codes as int8 (also those of e4m3, so that ``.to(dtype)`` leaves
-    them alone), and so do buffers hold the scales' bits; reading ``layer.weight`` gives the decoded weight. A state dict
-    has ``weight`` (decoded, on the CPU) and ``bias``; loading one quantises it again.
+    them alone), and so do buffers hold the scales' bits; reading ``layer.weight`` gives the decoded weight. A state
+    dict has ``weight`` (decoded, on the CPU) and ``bias``; loading one quantises it again.
 
     Args:
         layout: ``one`` keeps the forward product's codes (1 byte a weight) and makes the input gradient's at each call;
@@ -175,8 +177,8 @@ class FrozenEightBitLinear(_EightBitLinear):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         warnings.warn(
             "the base is stored in 8 bits: a state dict holds its decoded weights, not the original ones"
-            f"{f' ({self.origin})' if self.origin else ''}. Adapters are not affected; to merge one, use `lowprec merge`, "
-            "which reads the original files.",
+            f"{f' ({self.origin})' if self.origin else ''}. Adapters are not affected; to merge one, use `lowprec
+            merge`, " "which reads the original files.",
             stacklevel=2,
         )
         destination[prefix + "weight"] = self.dequantized_weight().cpu()

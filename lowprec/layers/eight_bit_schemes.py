@@ -1,8 +1,8 @@
 """The three 8-bit schemes as choices of the recipe group ``weights``. Their products, as equations: products.py.
 
-    fp8             e4m3, row scales, nothing rotated: a float format carries its own scale
-    fp8_hadamard    the same with X and W rotated, for comparison and for HALO's levels 1 and 2
-    int8_hadamard   int8, row scales, the summed axis of each product rotated: the most accurate
+fp8             e4m3, row scales, nothing rotated: a float format carries its own scale
+fp8_hadamard    the same with X and W rotated, for comparison and for HALO's levels 1 and 2
+int8_hadamard   int8, row scales, the summed axis of each product rotated: the most accurate
 """
 
 from dataclasses import dataclass, field
@@ -35,7 +35,8 @@ class EightBit:
     cache: str = "none"
     """Codes of a trained weight that are kept between calls: ``none``, ``one`` (1 byte a weight), ``both`` (2)."""
     layout: str = "one"
-    """Codes of a frozen weight: ``one`` (1 byte a weight; the input gradient's are made at each call) or ``both`` (2)."""
+    """Codes of a frozen weight: ``one`` (1 byte a weight; the input gradient's are made at each call) or ``both``
+    (2)."""
     largest_block: int = LARGEST_BLOCK
     """Largest order of a rotation's blocks: a power of two from 16 to 256."""
     fast_accumulation: bool = True

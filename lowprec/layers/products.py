@@ -27,8 +27,8 @@ from lowprec.errors import UserError
 
 FP8 = torch.float8_e4m3fn
 GRADIENT_BLOCK = 32
-"""Order of rotations over outputs and tokens. A column cast at order 32 runs at 83 % of the copy bandwidth, at order 128
-at 46 % (H100, 8192 x 14336); on SmolLM2 it is also the most accurate for weight gradients (docs/eight_bit.md)."""
+"""Order of rotations over outputs and tokens. A column cast at order 32 runs at 83 % of the copy bandwidth, at order
+128 at 46 % (H100, 8192 x 14336); on SmolLM2 it is also the most accurate for weight gradients (docs/eight_bit.md)."""
 
 ROTATIONS = {
     "forward": ("none", "in"),

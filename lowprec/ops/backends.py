@@ -1,4 +1,5 @@
-"""How ops are defined, and how one finds the kernel that runs: an ordered tuple of backends that can say why they cannot.
+"""How ops are defined, and how one finds the kernel that runs: an ordered tuple of backends that can say why they
+cannot.
 
 Ops are defined in a ``torch.library.Library`` with a fake for tracing. (``torch.library.custom_op`` says the same in
 fewer lines, but costs 70 us a call on the host against 8 here, and a trained layer makes a dozen calls a step.)

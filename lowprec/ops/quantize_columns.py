@@ -52,9 +52,7 @@ def _fake_again(codes, scale, in_block, row_block, column_scale):
     return codes.new_empty(dim, _padded(rows, row_block))
 
 
-quantize_columns = define(
-    "quantize_columns(Tensor x, int block, ScalarType dtype) -> (Tensor, Tensor)", _run, _fake
-)
+quantize_columns = define("quantize_columns(Tensor x, int block, ScalarType dtype) -> (Tensor, Tensor)", _run, _fake)
 """``quantize_columns(x, block, dtype)``: codes ``[dim, rows']`` and fp32 scales ``[dim]`` of ``x [rows, dim]``, rotated
 along the rows; see the reference."""
 
@@ -63,4 +61,5 @@ requantize_columns = define(
     _run_again,
     _fake_again,
 )
-"""``requantize_columns(codes, scale, in_block, row_block, column_scale)``: codes ``[dim, rows']``; see the reference."""
+"""``requantize_columns(codes, scale, in_block, row_block, column_scale)``: codes ``[dim, rows']``; see the
+reference."""

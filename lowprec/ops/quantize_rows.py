@@ -38,5 +38,5 @@ quantize_rows = define(
     _run,
     _fake,
 )
-"""``quantize_rows(x, block, dtype, power_of_two=False, partner=None)``: codes ``[rows, dim]`` and fp32 scales ``[rows]`` of
-``x [rows, dim]``, rotated along ``dim``; see the reference."""
+"""``quantize_rows(x, block, dtype, power_of_two=False, partner=None)``: codes ``[rows, dim]`` and fp32 scales
+``[rows]`` of ``x [rows, dim]``, rotated along ``dim``; see the reference."""

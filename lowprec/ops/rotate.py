@@ -1,4 +1,5 @@
-"""``lowprec::rotate``: block-diagonal Hadamard rotation along an axis of a matrix. It is its own inverse and transpose."""
+"""``lowprec::rotate``: block-diagonal Hadamard rotation along an axis of a matrix. It is its own inverse and
+transpose."""
 
 import torch
 from lowprec_kernels.hadamard import reference
@@ -20,8 +21,11 @@ def _run(x: torch.Tensor, block: int, axis: int = -1) -> torch.Tensor:
     return x.clone() if block == 1 else choose(BACKENDS, x, block, axis).run(x, block, axis)
 
 
-rotate = define("rotate(Tensor x, int block, int axis=-1) -> Tensor", _run, lambda x, block, axis=-1: torch.empty_like(x))
-"""``rotate(x, block, axis=-1)``: ``x [rows, dim]`` rotated along ``axis`` (0 or -1) in blocks of ``block``, a power of two."""
+rotate = define(
+    "rotate(Tensor x, int block, int axis=-1) -> Tensor", _run, lambda x, block, axis=-1: torch.empty_like(x)
+)
+"""``rotate(x, block, axis=-1)``: ``x [rows, dim]`` rotated along ``axis`` (0 or -1) in blocks of ``block``, a power
+of two."""
 
 
 def _setup(ctx, inputs: tuple, output: torch.Tensor) -> None:

@@ -1,7 +1,8 @@
-"""``lowprec::scaled_matmul``: the product of two 8-bit matrices, both along the contraction, with the scales of their rows.
+"""``lowprec::scaled_matmul``: the product of two 8-bit matrices, both along the contraction, with the scales of their
+rows.
 
-On a Hopper GPU int8 and fast-accumulating e4m3 products go through the persistent Triton kernel; e4m3 products that keep
-fp32 sums go through cuBLAS by ``torch._scaled_mm``.
+On a Hopper GPU int8 and fast-accumulating e4m3 products go through the persistent Triton kernel; e4m3 products that
+keep fp32 sums go through cuBLAS by ``torch._scaled_mm``.
 """
 
 import torch
@@ -45,9 +46,7 @@ def _no_simple(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> st
 
 
 BACKENDS = (
-    Backend(
-        "triton, persistent", lazily("scaled_matmul.triton_kernel", "persistent_scaled_matmul"), _no_persistent
-    ),
+    Backend("triton, persistent", lazily("scaled_matmul.triton_kernel", "persistent_scaled_matmul"), _no_persistent),
     Backend("torch._scaled_mm", _run_torch, _no_torch),
     Backend("triton", lazily("scaled_matmul.triton_kernel", "scaled_matmul"), _no_simple),
     Backend("reference", reference.scaled_matmul),
@@ -69,5 +68,5 @@ scaled_matmul = define(
     _run,
     _fake,
 )
-"""``scaled_matmul(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False)``: ``a [M, K]``,
-``b [N, K]``, scales ``[M]`` or one, ``[N]`` or one, give ``[M, N]``; see the reference."""
+"""``scaled_matmul(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False)``: ``a [M,
+K]``, ``b [N, K]``, scales ``[M]`` or one, ``[N]`` or one, give ``[M, N]``; see the reference."""

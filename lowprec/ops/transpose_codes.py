@@ -24,5 +24,5 @@ def _fake(codes, factor=None):
 
 
 transpose_codes = define("transpose_codes(Tensor codes, Tensor? factor=None) -> Tensor", _run, _fake)
-"""``transpose_codes(codes, factor=None)``: ``codes [rows, dim]`` times ``factor [rows]`` as ``[dim, rows']``; rows' is a
-multiple of 16, filled with zeros."""
+"""``transpose_codes(codes, factor=None)``: ``codes [rows, dim]`` times ``factor [rows]`` as ``[dim, rows']``; rows'
+is a multiple of 16, filled with zeros."""

@@ -9,8 +9,8 @@ transpose and its own inverse. Blocks instead of one transform over the whole ax
 import torch
 
 LARGEST_BLOCK = 64
-"""Default order. On SmolLM2 128 gains 0.3 dB in one kind of layer and nothing elsewhere (docs/eight_bit.md), and costs up
-to 10 % of the pass's bandwidth (H100: 79 to 92 % of a copy at 128, 87 to 94 % at 64)."""
+"""Default order. On SmolLM2 128 gains 0.3 dB in one kind of layer and nothing elsewhere (docs/eight_bit.md), and
+costs up to 10 % of the pass's bandwidth (H100: 79 to 92 % of a copy at 128, 87 to 94 % at 64)."""
 
 
 def rotation_block(dim: int, largest: int = LARGEST_BLOCK) -> int:

@@ -14,19 +14,24 @@ INTERPRETED = os.environ.get("TRITON_INTERPRET") == "1"  # numpy has no bf16: th
 
 
 @triton.jit
-def signs(ORDER: tl.constexpr, FP32: tl.constexpr):
-    """The Hadamard matrix of +1 and -1, [ORDER, ORDER], ORDER <= 256: the parity of popcount(i & j)."""
-    i = tl.arange(0, ORDER)
-    parity = i[:, None] & i[None, :]
+def signs(ORDER: tl.constexpr, FP32: tl.constexpr, SIZE: tl.constexpr = 0):
+    """The Hadamard matrix of +1 and -1, ORDER <= 256: the parity of popcount(i & j). With SIZE, a matrix of that size
+    with copies of it on the diagonal."""
+    i = tl.arange(0, SIZE if SIZE > 0 else ORDER)
+    parity = i[:, None] & i[None, :] & (ORDER - 1)
     parity ^= parity >> 4
     parity ^= parity >> 2
     parity ^= parity >> 1
     h = (1 - 2 * (parity & 1)).to(tl.float32)
+    if SIZE > ORDER:
+        h = tl.where((i[:, None] // ORDER) == (i[None, :] // ORDER), h, 0.0)
     return h if FP32 else h.to(tl.bfloat16)
 
 
 @triton.jit
-def _rotate_rows(x_ptr, y_ptr, groups, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, FP32: tl.constexpr):
+def _rotate_rows(
+    x_ptr, y_ptr, groups, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, FP32: tl.constexpr
+):
     """Groups of BLOCK neighbours in memory, TILE groups a program."""
     row = tl.program_id(0).to(tl.int64) * TILE + tl.arange(0, TILE)
     at = row[:, None] * BLOCK + tl.arange(0, BLOCK)[None, :]
@@ -38,7 +43,9 @@ def _rotate_rows(x_ptr, y_ptr, groups, BLOCK: tl.constexpr, TILE: tl.constexpr, 
 
 
 @triton.jit
-def _rotate_columns(x_ptr, y_ptr, dim, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, FP32: tl.constexpr):
+def _rotate_columns(
+    x_ptr, y_ptr, dim, BLOCK: tl.constexpr, TILE: tl.constexpr, SCALE: tl.constexpr, FP32: tl.constexpr
+):
     """BLOCK rows by TILE columns a program, rotated along the rows' axis."""
     column = tl.program_id(0) * TILE + tl.arange(0, TILE)
     row = tl.program_id(1).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)

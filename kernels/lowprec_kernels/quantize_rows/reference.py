@@ -6,11 +6,11 @@ A matrix Z [rows, dim] is stored as 8-bit codes with fp32 scales. Two orientatio
 - ``quantize_columns``: codes transposed, [dim, rows'], one scale a column of Z. For the gradient products, which
   contract over the rows of Z: the tensor cores read 8-bit operands along the contraction only.
 
-``transpose_codes`` gives the second orientation of codes that exist already. Row scales that are powers of two fold into
-e4m3 codes without a rounding (as long as nothing underflows), so nothing is quantised twice.
+``transpose_codes`` gives the second orientation of codes that exist already. Row scales that are powers of two fold
+into e4m3 codes without a rounding (as long as nothing underflows), so nothing is quantised twice.
 
-A scale is amax / 448 for e4m3, amax / 127 for int8. amax has a floor, so that zeros give zeros; NaN or infinity in a row
-makes its scale NaN or infinite, so that every product with it is NaN (int8 codes could not say so).
+A scale is amax / 448 for e4m3, amax / 127 for int8. amax has a floor, so that zeros give zeros; NaN or infinity in a
+row makes its scale NaN or infinite, so that every product with it is NaN (int8 codes could not say so).
 """
 
 import torch

@@ -163,10 +163,8 @@ def _requantize_columns(
         z = z if FP32 else z.to(tl.bfloat16)
         z = tl.dot(z, signs(IN_BLOCK, FP32), input_precision="ieee")
     if ROW_BLOCK > 1:
-        i = tl.arange(0, ROWS)
-        same = (i[:, None] // ROW_BLOCK) == (i[None, :] // ROW_BLOCK)
-        h = tl.where(same, signs(ROWS, FP32), 0.0)  # of the larger matrix's blocks on the diagonal, each is the smaller one
-        z = tl.dot(h if FP32 else h.to(tl.bfloat16), z if FP32 else z.to(tl.bfloat16), input_precision="ieee")
+        z = z if FP32 else z.to(tl.bfloat16)
+        z = tl.dot(signs(ROW_BLOCK, FP32, ROWS), z, input_precision="ieee")
     scale = tl.load(column_scale_ptr + column, column < dim, 1.0)
     q = _cast(z * (NORM / scale)[None, :], LARGEST, t_ptr.dtype.element_ty)
     into = (column < dim)[:, None] & (row < padded)[None, :]
@@ -239,9 +237,7 @@ def quantize_columns(
     amax = None
     if not given:
         amax = torch.zeros(dim, dtype=torch.int32, device=x.device)
-        _column_amax[grid](
-            x, amax, rows, dim, x.stride(0), tile, parts, columns, norm, INTERPRETED, num_warps=warps
-        )
+        _column_amax[grid](x, amax, rows, dim, x.stride(0), tile, parts, columns, norm, INTERPRETED, num_warps=warps)
     _quantize_columns[grid](
         x, codes, amax, scale, rows, padded, dim, x.stride(0), tile, parts, columns, norm, LARGEST_CODE[dtype],
         given, INTERPRETED, num_warps=warps,

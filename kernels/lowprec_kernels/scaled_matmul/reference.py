@@ -1,7 +1,7 @@
 """The product of 8-bit matrices with their scales: the definition.
 
-Y[m, n] = s_a[m] s_b[n] sum over k of A[m, k] B[n, k]. Both operands lie along the contraction ("TN"), the only order that
-8-bit tensor cores read. Scales are fp32, one element (a tensor scale) or one a row.
+Y[m, n] = s_a[m] s_b[n] sum over k of A[m, k] B[n, k]. Both operands lie along the contraction ("TN"), the only order
+that 8-bit tensor cores read. Scales are fp32, one element (a tensor scale) or one a row.
 """
 
 import torch

@@ -31,7 +31,9 @@ def _tile_of(t, tiles_m, tiles_n, BAND: tl.constexpr):
 
 
 @triton.jit
-def _scaled(acc, m, n, M, N, sa_ptr, sb_ptr, bias_ptr, SCALAR_A: tl.constexpr, SCALAR_B: tl.constexpr, BIAS: tl.constexpr):
+def _scaled(
+    acc, m, n, M, N, sa_ptr, sb_ptr, bias_ptr, SCALAR_A: tl.constexpr, SCALAR_B: tl.constexpr, BIAS: tl.constexpr
+):
     sa = tl.load(sa_ptr) if SCALAR_A else tl.load(sa_ptr + m, m < M, 0.0)[:, None]
     sb = tl.load(sb_ptr) if SCALAR_B else tl.load(sb_ptr + n, n < N, 0.0)[None, :]
     y = acc.to(tl.float32) * sa * sb
