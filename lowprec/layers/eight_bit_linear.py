@@ -177,8 +177,8 @@ class FrozenEightBitLinear(_EightBitLinear):
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         warnings.warn(
             "the base is stored in 8 bits: a state dict holds its decoded weights, not the original ones"
-            f"{f' ({self.origin})' if self.origin else ''}. Adapters are not affected; to merge one, use `lowprec
-            merge`, " "which reads the original files.",
+            f"{f' ({self.origin})' if self.origin else ''}. Adapters are not affected; to merge one, use "
+            "`lowprec merge`, which reads the original files.",
             stacklevel=2,
         )
         destination[prefix + "weight"] = self.dequantized_weight().cpu()
