@@ -127,6 +127,8 @@ def _convert(model: nn.Module, row: LinearRow, linear: nn.Module, scheme: Weight
     if isinstance(linear, Conv1D):
         _keep_transposed_state(converted)
     converted.train(training)
+    if hasattr(converted, "origin"):
+        converted.origin = getattr(getattr(model, "config", None), "_name_or_path", "")
     parent, _, child = row.name.rpartition(".")
     setattr(model.get_submodule(parent), child, converted)
     row.scheme = scheme.option_name
