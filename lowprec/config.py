@@ -184,7 +184,9 @@ def _build(config: DictConfig) -> Recipe:
     except OmegaConfBaseException as error:
         key = error.full_key or ""
         if "missing mandatory value" in str(error).lower():
-            raise UserError(f"{key} is not set, and has no default: add {key}=... to the command or the recipe.") from error
+            raise UserError(
+                f"{key} is not set, and has no default: add {key}=... to the command or the recipe."
+            ) from error
         raise UserError(f"{key}: {str(error).splitlines()[0]}.") from error
     assert isinstance(recipe, Recipe)
     if recipe.train.output_dir is None:
@@ -196,7 +198,9 @@ def _check(recipe: Recipe) -> Recipe:
     """Contradictions between groups, found before any weight is loaded. Each message names the key that mends it."""
     weights, adapter, train, data = recipe.choice("weights"), recipe.choice("adapter"), recipe.train, recipe.data
     if weights == "nf4" and adapter == "none":
-        raise UserError("weights=nf4 stores the base in 4 bits, which cannot be trained: add adapter=lora, or weights=bf16.")
+        raise UserError(
+            "weights=nf4 stores the base in 4 bits, which cannot be trained: add adapter=lora, or weights=bf16."
+        )
     if data.streaming and train.max_steps is None:
         raise UserError("data.streaming=true has no known length: set train.max_steps.")
     if recipe.model.dtype == "fp16" and adapter == "none":

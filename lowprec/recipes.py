@@ -43,7 +43,9 @@ def copy_recipe(name: str, target: str) -> Path:
     if path.suffix not in (".yaml", ".yml"):
         raise UserError(f"{target} must end in .yaml.")
     if path.stem in shipped_recipes():
-        raise UserError(f"{target} would have the name of a shipped recipe. Choose another, for example my_{path.name}.")
+        raise UserError(
+            f"{target} would have the name of a shipped recipe. Choose another, for example my_{path.name}."
+        )
     if path.exists():
         raise UserError(f"{target} exists already. Choose another name, or remove it.")
     path.parent.mkdir(parents=True, exist_ok=True)

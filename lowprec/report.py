@@ -17,7 +17,17 @@ from rich.table import Table
 from torch import nn
 
 GIB = 2**30
-_PACKAGES = ("lowprec", "torch", "transformers", "accelerate", "peft", "bitsandbytes", "datasets", "triton", "liger-kernel")
+_PACKAGES = (
+    "lowprec",
+    "torch",
+    "transformers",
+    "accelerate",
+    "peft",
+    "bitsandbytes",
+    "datasets",
+    "triton",
+    "liger-kernel",
+)
 
 
 def versions() -> dict[str, str]:
@@ -38,7 +48,9 @@ def hardware() -> dict[str, Any]:
         "cpu": platform.processor() or platform.machine(),
         "cores": len(os.sched_getaffinity(0)),
         "ram_gib": round(psutil.virtual_memory().total / GIB, 1),
-        "gpus": [{"name": d.name, "vram_gib": round(d.total_memory / GIB, 1), "sm": f"{d.major}.{d.minor}"} for d in devices],
+        "gpus": [
+            {"name": d.name, "vram_gib": round(d.total_memory / GIB, 1), "sm": f"{d.major}.{d.minor}"} for d in devices
+        ],
         "cuda": torch.version.cuda,
     }
 
@@ -48,7 +60,9 @@ def dtypes(model: nn.Module, optimizer: torch.optim.Optimizer, compute: torch.dt
 
     A 4-bit weight counts as the uint8 elements that hold it.
     """
-    states = (value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor))
+    states = (
+        value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
+    )
     return {
         "parameters": _elements(model.parameters()),
         "trained_parameters": _elements(p for p in model.parameters() if p.requires_grad),

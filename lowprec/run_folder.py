@@ -95,7 +95,9 @@ def open_run(output_dir: str, resume_from_checkpoint: str | None) -> RunFolder |
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+")
     except OSError as error:
-        raise UserError(f"train.output_dir={output_dir} cannot be written ({error.strerror}). Choose another.") from error
+        raise UserError(
+            f"train.output_dir={output_dir} cannot be written ({error.strerror}). Choose another."
+        ) from error
     _claim(lock, path)
     remove_unfinished(path)
     remove_unfinished(path / "checkpoints")

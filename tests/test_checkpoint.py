@@ -84,7 +84,10 @@ def test_full_disk_is_seen_before_writing(tmp_path):
 
 
 def test_full_disk_while_writing(tmp_path):
-    with pytest.raises(UserError, match="needs at least 993 bytes more"), atomic_folder(tmp_path / "s", needed_bytes=1000) as w:
+    with (
+        pytest.raises(UserError, match="needs at least 993 bytes more"),
+        atomic_folder(tmp_path / "s", needed_bytes=1000) as w,
+    ):
         (w / "a.bin").write_bytes(b"1234567")
         raise OSError(errno.ENOSPC, "No space left on device")
     assert list(tmp_path.iterdir()) == []

@@ -87,8 +87,12 @@ def test_unknown_key_in_a_user_s_file_names_the_nearest(tmp_path):
 
 @pytest.mark.parametrize(
     ("text", "named"),
-    [("", "holds no keys"), ("train: [", "not readable as YAML"), ("defaults: [nothing_here, _self_]\n", "lora"),
-     ("defaults: [lora, data: python_docs, _self_]\n", "override data")],
+    [
+        ("", "holds no keys"),
+        ("train: [", "not readable as YAML"),
+        ("defaults: [nothing_here, _self_]\n", "lora"),
+        ("defaults: [lora, data: python_docs, _self_]\n", "override data"),
+    ],
 )
 def test_broken_files(tmp_path, text, named):
     (tmp_path / "mine.yaml").write_text(text)

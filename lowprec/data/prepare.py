@@ -63,9 +63,7 @@ class PreparedData:
     """Tells the training rows by their contents, whatever they were read from; a stream by its options and its head."""
 
 
-def prepare_data(
-    data: Data, tokenizer: PreTrainedTokenizerBase, *, seed: int, on_progress: OnProgress = None
-) -> PreparedData:
+def prepare_data(data: Data, tokenizer: PreTrainedTokenizerBase, *, on_progress: OnProgress = None) -> PreparedData:
     """Read, check, tokenise (or find in the cache), split and pack; with ``data.streaming``, only what is held out.
 
     Several processes may call it at once: one builds, the others wait and read.
@@ -73,7 +71,6 @@ def prepare_data(
     Args:
         data: The recipe's group.
         tokenizer: A fast tokenizer; ``data.chat_template`` is set on it.
-        seed: Of the run. Nothing here depends on it: the split is by content, and the order is the loader's.
         on_progress: Told now and then how many records have been read, where they are not in the cache.
 
     Raises:

@@ -2,8 +2,9 @@
 
 import importlib.util
 
+import torch
 from accelerate import Accelerator, DistributedType, PartialState
-from accelerate.utils import broadcast_object_list
+from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from lowprec.config import Recipe
 from lowprec.errors import UserError
@@ -23,10 +24,13 @@ def start_accelerator(recipe: Recipe) -> tuple[Accelerator, str | None]:
     Raises:
         UserError: it was launched in a way that lowprec does not run, or a tracker is not installed.
     """
-    note = settle_dtype(recipe.model, PartialState().device)
+    # Accelerate finds CPU processes (gloo) only where it is told that there is no GPU to use.
+    cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
+    note = settle_dtype(recipe.model, PartialState(cpu=cpu).device)
     accelerator = Accelerator(
+        cpu=cpu,
         mixed_precision=_PRECISION[recipe.model.dtype],
-        log_with=_trackers(recipe.train.report_to),
+        log_with=_trackers(recipe.train.report_to) or None,
         project_dir=recipe.train.output_dir,
     )
     if accelerator.distributed_type not in _SUPPORTED:

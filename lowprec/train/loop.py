@@ -1,5 +1,6 @@
 """``train(recipe)``: a run from a resolved recipe to its folder, readable top to bottom."""
 
+import math
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,6 +14,7 @@ from lowprec.config import Recipe
 from lowprec.data import StepBatch, StepLoader, fit_to_model, prepare_data
 from lowprec.display import Display
 from lowprec.model import COMPUTE_DTYPE, load_model, load_tokenizer
+from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
 from lowprec.prepare import wrap
 from lowprec.report import dtypes, peak_memory
@@ -93,11 +95,15 @@ class Run:
                 stopped = self._take_steps()
             if not stopped:
                 self._save_final()
+            self._describe()
         except BaseException as error:
             self.recorder.report(Status.FAILED, self.progress, error=f"{type(error).__name__}: {error}")
             if isinstance(error, torch.OutOfMemoryError):
                 raise OutOfMemoryError(explain(self.recipe, self.model, self.optimizer)) from error
             raise
+        finally:
+            if isinstance(self.optimizer, AdamW):
+                self.optimizer.close()
         status = Status.INTERRUPTED if stopped else Status.FINISHED
         report = self.recorder.report(status, self.progress)
         if stopped:
@@ -106,14 +112,21 @@ class Run:
                 "same command with train.resume_from_checkpoint=auto goes on from it."
             )
         else:
-            self.recorder.finish(report, [(self.tokenizer.decode(p.input_ids, skip_special_tokens=True), p.reference) for p in self.data.prompts])
+            self.recorder.finish(
+                report,
+                [
+                    (self.tokenizer.decode(p.input_ids, skip_special_tokens=True), p.reference)
+                    for p in self.data.prompts
+                ],
+            )
         return status
 
     def _build(self) -> None:
         recipe, options, device = self.recipe, self.recipe.train, self.accelerator.device
         set_seed(options.seed)
         self.tokenizer = load_tokenizer(recipe.model)
-        self.data = prepare_data(recipe.data, self.tokenizer, seed=options.seed)
+        with self.console.status("Reading the data") as reading:
+            self.data = prepare_data(recipe.data, self.tokenizer, on_progress=reading.update)
         self.console.print(self.data.summary)
         self.model = load_model(recipe.model)
         layers = wrap(self.model, recipe.weights, frozen=recipe.choice("adapter") != "none", device=device)
@@ -138,16 +151,44 @@ class Run:
         self.num_steps = options.max_steps or self.loader.num_steps(options.num_train_epochs)
         self.schedule = build_schedule(self.optimizer, recipe.optimizer, self.num_steps)
         self.state = TrainState(self.model, self.optimizer, self.schedule, self.loader, recipe, self.progress)
+        self._update_in_backward()
         self.wrapped = self.accelerator.prepare_model(self.model)
         prepared_optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.step = TrainStep(self.wrapped, prepared_optimizer, self.schedule, self.accelerator, options.max_grad_norm)
         notes = data_notes + recipe.optimizer.warnings(self.model, recipe.state_store)
+        notes += getattr(self.optimizer, "notes", [])
         for note in notes:
             self.console.print(f"[yellow]Note:[/] {note}", highlight=False)
-        self.recorder.facts.update(
-            layers=layers.counts(), wrap=layers.to_dict(), data=self.data.summary.to_dict(), notes=notes,
-            dtypes=dtypes(self.model, self.optimizer, COMPUTE_DTYPE[recipe.model.dtype]),
-        )  # fmt: skip
+        self.recorder.facts.update(layers=layers.counts(), wrap=layers.to_dict(), notes=notes)
+        self._describe()
+
+    def _update_in_backward(self) -> None:
+        """Where nothing needs all gradients at once, free each as soon as its weight is updated."""
+        options = self.recipe.train
+        alone = options.gradient_accumulation_steps == 1 and self.accelerator.num_processes == 1
+        if not isinstance(self.optimizer, AdamW):
+            return
+        if options.max_grad_norm is None and alone:
+            self.optimizer.update_in_backward()
+        elif self.recipe.choice("state_store") != "gpu":
+            why = f"train.max_grad_norm={options.max_grad_norm} clips by the exact norm of all gradients"
+            if options.max_grad_norm is None:
+                why = "gradients are summed over micro-batches or processes"
+            self.console.print(
+                f"Updates start after backward, because {why}. With train.max_grad_norm=null, accumulation 1 and one "
+                "process they overlap with backward, and each gradient is freed at once.", highlight=False,
+            )  # fmt: skip
+
+    def _describe(self) -> None:
+        """Put into the report what grows with the steps: the states, their traffic, and what a stream has read."""
+        facts = self.recorder.facts
+        summary = self.data.summary
+        if summary.padding_share is None:
+            summary.padding_share = self.loader.padding_share
+        facts["data"] = summary.to_dict()
+        facts["dtypes"] = dtypes(self.model, self.optimizer, COMPUTE_DTYPE[self.recipe.model.dtype])
+        if isinstance(self.optimizer, AdamW):
+            facts["optimizer"] = self.optimizer.statistics(self.num_steps)
 
     def _begin(self) -> None:
         checkpoint = self.folder.resume_from
@@ -238,6 +279,11 @@ class Run:
     def _evaluate(self) -> None:
         options = self.recipe.train
         loss = evaluate(self.wrapped, self.data, options, self.tokenizer.pad_token_id, self.accelerator)
+        if not math.isfinite(loss):
+            raise NonFiniteError(
+                f"The held-out loss at step {self.progress['step']} is {loss}: the model gives no finite logits for some "
+                "held-out sample. Look at the weights it starts from, and at model.dtype."
+            )
         self.progress["eval_loss"] = loss
         if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
             self.schedule.step(loss)

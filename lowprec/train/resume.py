@@ -11,7 +11,14 @@ from lowprec.errors import UserError
 _HARMLESS = ("name", "defaults", "train.output_dir", "train.resume_from_checkpoint", "train.save_steps",
              "train.save_total_limit", "train.eval_steps", "train.eval_max_samples", "train.num_sample_answers",
              "train.sample_max_new_tokens", "train.report_to", "train.per_device_eval_batch_size")  # fmt: skip
-_BINDING = ("model.model_name_or_path", "model.dtype", "weights", "adapter", "optimizer.master", "optimizer.state_dtype")
+_BINDING = (
+    "model.model_name_or_path",
+    "model.dtype",
+    "weights",
+    "adapter",
+    "optimizer.master",
+    "optimizer.state_dtype",
+)
 
 
 def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
@@ -45,7 +52,11 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix: node}
-    return {key: value for name, inner in node.items() for key, value in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()}
+    return {
+        key: value
+        for name, inner in node.items()
+        for key, value in _flat(inner, f"{prefix}.{name}".lstrip(".")).items()
+    }
 
 
 def _choices(recipe: Any) -> dict[str, Any]:

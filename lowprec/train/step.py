@@ -56,6 +56,7 @@ class TrainStep:
         self, model: nn.Module, optimizer: Any, schedule: Any, accelerator: Accelerator, max_grad_norm: float | None
     ) -> None:
         self.model, self.optimizer, self.schedule, self.accelerator = model, optimizer, schedule, accelerator
+        self.bare_optimizer = getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
         self.max_grad_norm = max_grad_norm
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.bad = torch.zeros((), dtype=torch.float32, device=accelerator.device)
@@ -86,12 +87,14 @@ class TrainStep:
     def _clip(self) -> torch.Tensor:
         if self.max_grad_norm is not None:
             return self.accelerator.clip_grad_norm_(self.parameters, self.max_grad_norm)
+        in_backward = getattr(self.bare_optimizer, "grad_norm", None)
+        if in_backward is not None:
+            return in_backward
         return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def _update(self) -> None:
-        bare = getattr(self.optimizer, "optimizer", self.optimizer)
-        if hasattr(bare, "found_inf"):
-            bare.found_inf = self.bad
+        if hasattr(self.bare_optimizer, "found_inf"):
+            self.bare_optimizer.found_inf = self.bad
         else:
             # Optimizers of other libraries know no such flag: give them zero gradients, which moves the weights by
             # the remaining momentum at most.

@@ -49,7 +49,7 @@ def prepared(
     def make(number: int = 40, **options) -> PreparedData:
         records = [{"prompt": f"question {i}", "completion": "y" * (1 + 7 * i % 23) + str(i)} for i in range(number)]
         data = Data(path=str(jsonl(*records)), cache_dir=str(tmp_path / "cache"), **{"max_length": 128, **options})
-        return prepare_data(data, tokenizer, seed=0)
+        return prepare_data(data, tokenizer)
 
     return make
 

@@ -23,7 +23,7 @@ Prepare = Callable[..., PreparedData]
 @pytest.fixture
 def prepare(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Prepare:
     def run(path: Path, **options: Any) -> PreparedData:
-        return prepare_data(Data(path=str(path), cache_dir=str(tmp_path / "cache"), **options), tokenizer, seed=0)
+        return prepare_data(Data(path=str(path), cache_dir=str(tmp_path / "cache"), **options), tokenizer)
 
     return run
 
@@ -172,7 +172,7 @@ def test_progress_is_told_while_records_are_read(jsonl: Write, tmp_path: Path, t
     data = Data(path=str(jsonl(*pairs(2100))), cache_dir=str(tmp_path / "cache"))
     told: list[str] = []
     for _ in range(2):  # the second time from the cache
-        prepare_data(data, tokenizer, seed=0, on_progress=told.append)
+        prepare_data(data, tokenizer, on_progress=told.append)
     assert [text.rpartition(": ")[2] for text in told] == ["1,000 records read", "2,000 records read"]
 
 
@@ -229,7 +229,7 @@ def test_bad_options_are_refused(options: dict, message: str) -> None:
 @pytest.mark.smollm2
 def test_python_docs_with_the_real_tokenizer(tmp_path: Path, smollm2_tokenizer: PreTrainedTokenizerBase) -> None:
     data = Data(path="python_docs", cache_dir=str(tmp_path), max_samples=400, max_length=256)
-    prepared = prepare_data(data, smollm2_tokenizer, seed=0)
+    prepared = prepare_data(data, smollm2_tokenizer)
     assert len(prepared.train) + len(prepared.evaluation) == 400
     assert smollm2_tokenizer.decode(prepared.prompts[0].input_ids).endswith("<|im_start|>assistant\n")
     assert prepared.train[0]["input_ids"][-1] in (smollm2_tokenizer.eos_token_id, 198)  # <|im_end|>, or its newline

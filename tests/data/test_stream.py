@@ -29,7 +29,7 @@ def stream(tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> Callable[..., 
             ]
             (folder / f"part{file}.jsonl").write_text("\n".join(lines) + "\n")
         options = {"shuffle_buffer": 8, "eval_samples": 5, "max_length": 64, **options}
-        return prepare_data(Data(path=str(folder), streaming=True, **options), tokenizer, seed=0)
+        return prepare_data(Data(path=str(folder), streaming=True, **options), tokenizer)
 
     return make
 
@@ -95,7 +95,7 @@ def test_a_bad_record_is_named_when_it_is_reached(steps: Any, jsonl: Write, toke
     records: list[dict | str] = [{"prompt": f"q{i}", "completion": "a"} for i in range(30)]
     records[20] = {"prompt": "q20", "completion": 7}
     data = Data(path=str(jsonl(*records)), streaming=True, eval_samples=2, shuffle_buffer=4)
-    batches = iter(steps.loader(prepare_data(data, tokenizer, seed=0), 2, 1))
+    batches = iter(steps.loader(prepare_data(data, tokenizer), 2, 1))
     assert len(list(islice(batches, 5))) == 5
     with pytest.raises(UserError, match=r"data\.jsonl, line 21 cannot be used: field completion: is a int"):
         list(islice(batches, 10))
@@ -103,7 +103,7 @@ def test_a_bad_record_is_named_when_it_is_reached(steps: Any, jsonl: Write, toke
 
 def test_an_endless_search_is_refused(steps: Any, jsonl: Write, tokenizer: PreTrainedTokenizerBase) -> None:
     path = jsonl(*({"prompt": "q", "completion": "a"} for _ in range(9)))
-    data = prepare_data(Data(path=str(path), streaming=True, eval_samples=2), tokenizer, seed=0)
+    data = prepare_data(Data(path=str(path), streaming=True, eval_samples=2), tokenizer)
     with pytest.raises(UserError, match="no sample to train on"):  # all contents equal the held-out one
         next(iter(steps.loader(data, 1, 1)))
 
@@ -126,7 +126,7 @@ def test_a_saved_data_set_streams(steps: Any, tmp_path: Path, tokenizer: PreTrai
     saved = datasets.Dataset.from_dict({"prompt": [f"q{i}" for i in range(12)], "completion": ["a"] * 12})
     saved.save_to_disk(str(tmp_path / "saved"))
     data = prepare_data(
-        Data(path=str(tmp_path / "saved"), streaming=True, eval_samples=2, shuffle_buffer=4), tokenizer, seed=0
+        Data(path=str(tmp_path / "saved"), streaming=True, eval_samples=2, shuffle_buffer=4), tokenizer
     )
     one = steps.loader(data, 1, 1)
     batches = steps.take(one, 12)

@@ -1,0 +1,144 @@
+"""Whole runs of tiny models, and the folders they leave."""
+
+import json
+
+import pytest
+import torch
+from peft import PeftModel
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM, AutoTokenizer
+
+from lowprec.checkpoint import damage
+from lowprec.errors import UserError
+from lowprec.run_folder import Status, read_metrics, read_report
+from lowprec.testing import ARCHITECTURES, save_tiny
+from tests.train.conftest import run
+
+REPORT_FIELDS = (
+    "status steps eval_loss_before eval_loss_after train_tokens tokens_per_second step_time_ms_p50 peak_vram_gib "
+    "peak_ram_gib layers versions hardware dtypes data"
+).split()
+
+
+def test_full_run_leaves_a_folder_to_use(arguments, tmp_path, tiny):
+    status, printed = run("full", arguments("train.eval_steps=3", "train.save_steps=2", "train.max_steps=7"))
+    folder = tmp_path / "run"
+    assert status is Status.FINISHED
+    report = read_report(folder)
+    assert all(field in report for field in REPORT_FIELDS), [f for f in REPORT_FIELDS if f not in report]
+    assert report["steps"] == 7 and report["eval_loss_after"] < report["eval_loss_before"]
+    rows = read_metrics(folder)
+    assert [row["step"] for row in rows if "loss" in row] == list(range(1, 8))
+    assert [row["step"] for row in rows if "eval_loss" in row] == [0, 3, 6, 7]
+    assert (folder / "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert sorted(p.name for p in (folder / "checkpoints").iterdir()) == ["step-6", "step-7"]
+    assert damage(folder / "final") is None
+    assert "held-out loss" in printed and "step 7/7" in printed
+
+    model = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32)
+    tokenizer = AutoTokenizer.from_pretrained(folder / "final")
+    before = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)
+    text = tokenizer.apply_chat_template(
+        [{"role": "user", "content": "Say item 3."}, {"role": "assistant", "content": "green red"}],
+        return_tensors="pt", return_dict=True,
+    )  # fmt: skip
+    with torch.no_grad():
+        assert model(**text, labels=text["input_ids"]).loss < before(**text, labels=text["input_ids"]).loss
+
+
+def test_lora_final_is_a_peft_adapter(arguments, tmp_path, tiny):
+    run("lora", arguments("adapter.r=4"))
+    base = AutoModelForCausalLM.from_pretrained(tiny / "model")
+    model = PeftModel.from_pretrained(base, tmp_path / "run" / "final")
+    assert model.peft_config["default"].base_model_name_or_path == str(tiny / "model")
+    assert any(tensor.abs().sum() > 0 for name, tensor in model.named_parameters() if "lora_B" in name)
+
+
+def test_qlora_states_what_is_stored_how(arguments, tmp_path):
+    run("qlora_nf4", arguments("model.dtype=bf16", "train.max_steps=2"))
+    report = read_report(tmp_path / "run")
+    assert report["layers"]["nf4"] == 14
+    assert "uint8" in report["dtypes"]["parameters"] and report["dtypes"]["compute"] == "bfloat16"
+    assert list(report["dtypes"]["trained_parameters"]) == ["float32"]
+
+
+def test_bf16_is_stored_computed_and_mastered(arguments, tmp_path):
+    run("full", arguments("model.dtype=bf16", "train.max_steps=2"))
+    dtypes = read_report(tmp_path / "run")["dtypes"]
+    assert list(dtypes["parameters"]) == ["bfloat16"] and dtypes["compute"] == "bfloat16"
+    assert list(dtypes["optimizer_states"]) == ["float32"]
+    saved = load_file(tmp_path / "run" / "final" / "model.safetensors")
+    assert {tensor.dtype for tensor in saved.values()} == {torch.bfloat16}
+
+
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_every_architecture_trains_and_saves(arch, arguments, tmp_path):
+    save_tiny(tmp_path / "model", arch)
+    model = f'model.model_name_or_path="{tmp_path / "model"}"'
+    for recipe in ("full", "lora"):
+        extra = ("train.gradient_checkpointing=true", "train.max_steps=2", "train.eval_max_samples=2")
+        assert run(recipe, arguments(model, *extra, output=recipe))[0] is Status.FINISHED
+        rows = [row["loss"] for row in read_metrics(tmp_path / recipe) if "loss" in row]
+        assert len(rows) == 2 and all(4 < loss < 8 for loss in rows)  # ln 272 = 5.6
+    AutoModelForCausalLM.from_pretrained(tmp_path / "full" / "final")
+    PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tmp_path / "model"), tmp_path / "lora" / "final")
+
+
+@pytest.mark.parametrize("optimizer", ["adamw", "adamw_8bit", "paged_adamw", "paged_adamw_8bit"])
+def test_every_optimizer_learns(optimizer, arguments, tmp_path):
+    run("full", arguments(f"optimizer={optimizer}", "train.max_steps=8"))
+    report = read_report(tmp_path / "run")
+    assert report["eval_loss_after"] < report["eval_loss_before"] - 0.3
+
+
+def test_packing_trains_with_the_same_tokens(arguments, tmp_path):
+    run("full", arguments("data.packing=true", "data.max_length=256", "train.max_steps=2"))
+    assert read_report(tmp_path / "run")["data"]["padding_share"] < 0.5
+
+
+def test_checkpointing_changes_no_number(arguments, tmp_path):
+    for name, value in (("with", "true"), ("without", "false")):
+        run("full", arguments(f"train.gradient_checkpointing={value}", output=name))
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("with", "without")]
+    assert losses[0] == losses[1]
+
+
+def test_accumulation_does_not_change_the_loss(arguments, tmp_path):
+    """4 x 1 is 1 x 4 to rounding, although the samples have different lengths."""
+    shapes = {"4x1": (4, 1), "1x4": (1, 4), "2x2": (2, 2)}
+    for name, (size, accumulation) in shapes.items():
+        run("full", arguments(f"train.per_device_train_batch_size={size}",
+                              f"train.gradient_accumulation_steps={accumulation}", output=name))  # fmt: skip
+    rows = {name: [r for r in read_metrics(tmp_path / name) if "loss" in r] for name in shapes}
+    for name in ("1x4", "2x2"):
+        for mine, theirs in zip(rows[name], rows["4x1"], strict=True):
+            assert mine["loss"] == pytest.approx(theirs["loss"], rel=1e-5)
+            assert mine["grad_norm"] == pytest.approx(theirs["grad_norm"], rel=1e-4)
+
+
+def test_metrics_of_the_report_come_from_the_run(arguments, tmp_path):
+    run("full", arguments())
+    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
+    report = read_report(tmp_path / "run")
+    assert report["train_tokens"] == rows[-1]["trained_tokens"] > 100
+    assert min(r["step_time_ms"] for r in rows) <= report["step_time_ms_p50"] <= max(r["step_time_ms"] for r in rows)
+    assert json.loads((tmp_path / "run" / "report.json").read_text()) == report
+
+
+def test_a_second_run_into_the_same_folder_is_refused(arguments):
+    run("full", arguments("train.max_steps=1"))
+    with pytest.raises(UserError, match=r"train\.resume_from_checkpoint=auto"):
+        run("full", arguments("train.max_steps=1"))
+
+
+def test_epochs_give_the_number_of_steps(arguments, tmp_path):
+    run("full", arguments("train.max_steps=null", "train.num_train_epochs=0.5"))
+    assert read_report(tmp_path / "run")["steps"] == round(36 / 4 / 2)
+
+
+def test_clipping_can_be_turned_off(arguments, tmp_path):
+    for name, value in (("on", "0.01"), ("off", "null")):
+        run("full", arguments(f"train.max_grad_norm={value}", output=name))
+    on, off = ([r for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("on", "off"))
+    assert on[0]["grad_norm"] == off[0]["grad_norm"]  # the norm before clipping
+    assert on[-1]["loss"] != off[-1]["loss"]

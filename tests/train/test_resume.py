@@ -1,0 +1,155 @@
+"""A run killed at any moment and resumed ends as one that was left alone: bit for bit."""
+
+import os
+import random
+import signal
+import time
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+from lowprec.checkpoint import newest_whole
+from lowprec.errors import UserError
+from lowprec.run_folder import Status, read_metrics, read_report
+from tests.train.conftest import forked, run
+
+TIMING = {"tokens_per_second", "all_tokens_per_second", "step_time_ms", "peak_vram_gib", "peak_ram_gib"}
+KINDS = {
+    "full": ("full", "model.dtype=bf16"),
+    "lora": ("lora", "adapter.lora_dropout=0.1"),
+    "qlora": ("qlora_nf4", "model.dtype=bf16"),
+    "full_int8": ("full", "optimizer=adamw_8bit"),
+    "full_stochastic": ("full", "model.dtype=bf16", "optimizer.master=none"),
+    "packed": ("full", "data.packing=true", "train.gradient_checkpointing=true"),
+}
+
+
+def settled(folder: Path) -> tuple[list[dict], dict[str, bytes]]:
+    """The metrics without times, and the bytes of every weight file of ``final/``."""
+    rows = [{key: value for key, value in row.items() if key not in TIMING} for row in read_metrics(folder)]
+    return rows, {file.name: file.read_bytes() for file in sorted((folder / "final").glob("*.safetensors"))}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_killed_anywhere_and_resumed_is_bit_identical(kind, arguments, tmp_path):
+    recipe, *extra = KINDS[kind]
+    # Checkpoints at every second step: a good part of the time goes into writing them, and so do the kills.
+    common = (
+        *extra,
+        "train.max_steps=8",
+        "train.save_steps=2",
+        "train.eval_steps=3",
+        "train.resume_from_checkpoint=auto",
+    )
+    begin = time.monotonic()
+    undisturbed = forked(recipe, arguments(*common, output="undisturbed"))
+    undisturbed.join()
+    assert undisturbed.exitcode == 0
+    duration, chance, kills = time.monotonic() - begin, random.Random(kind), 0
+    for _ in range(12):
+        process = forked(recipe, arguments(*common, output="killed"))
+        process.join(timeout=duration * chance.uniform(0.15, 0.9))
+        if process.exitcode is None:
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+        else:
+            assert process.exitcode == 0
+            break
+    while process.exitcode != 0:
+        process = forked(recipe, arguments(*common, output="killed"))
+        process.join()
+        assert process.exitcode == 0
+    assert kills >= 1
+    rows, weights = settled(tmp_path / "killed")
+    expected_rows, expected_weights = settled(tmp_path / "undisturbed")
+    assert rows == expected_rows
+    assert weights == expected_weights and weights
+
+
+def test_killed_while_a_checkpoint_is_written(arguments, tmp_path):
+    """Kills as soon as the temporary folder of a checkpoint is seen, at every checkpoint of the run."""
+    common = ("train.max_steps=6", "train.save_steps=1", "train.resume_from_checkpoint=auto")
+    run("full", arguments(*common, output="undisturbed"))
+    folder, kills, patience = tmp_path / "killed" / "checkpoints", 0, time.monotonic() + 200
+    process = forked("full", arguments(*common, output="killed"))
+    while process.exitcode is None or kills < 3:
+        assert time.monotonic() < patience
+        if kills < 3 and any(folder.glob(".writing-*")):
+            os.kill(process.pid, signal.SIGKILL)
+            process.join()
+            kills += 1
+            process = forked("full", arguments(*common, output="killed"))
+            time.sleep(0.3)  # the new process removes what the old one was writing
+        if process.exitcode == 0:
+            break
+    process.join()
+    assert kills >= 1
+    assert settled(tmp_path / "killed") == settled(tmp_path / "undisturbed")
+    assert not list(folder.glob(".writing-*"))
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_finishes_the_step_saves_and_exits_with_its_own_code(number, arguments, tmp_path):
+    common = ("train.max_steps=300", "train.resume_from_checkpoint=auto")
+    process = forked("full", arguments(*common))
+    while len(read_metrics(tmp_path / "run")) < 3:
+        time.sleep(0.02)
+    os.kill(process.pid, number)
+    process.join()
+    assert process.exitcode == 75
+    report = read_report(tmp_path / "run")
+    newest, _ = newest_whole(tmp_path / "run" / "checkpoints")
+    assert report["status"] == "interrupted"
+    assert newest is not None and newest.name == f"step-{report['steps']}"
+    assert read_metrics(tmp_path / "run")[-1]["step"] == report["steps"]
+
+
+def test_a_second_ctrl_c_stops_at_once(arguments, tmp_path):
+    process = forked("full", arguments("train.max_steps=300", "train.gradient_accumulation_steps=18"))
+    while len(read_metrics(tmp_path / "run")) < 2:
+        time.sleep(0.02)
+    os.kill(process.pid, signal.SIGINT)
+    os.kill(process.pid, signal.SIGINT)
+    time.sleep(0.05)
+    os.kill(process.pid, signal.SIGINT)
+    process.join()
+    assert process.exitcode not in (0, 75) or newest_whole(tmp_path / "run" / "checkpoints")[0] is not None
+
+
+def test_a_finished_run_is_left_alone(arguments, tmp_path):
+    common = ("train.max_steps=2", "train.resume_from_checkpoint=auto")
+    run("full", arguments(*common))
+    before = (tmp_path / "run" / "report.json").read_text()
+    status, printed = run("full", arguments(*common))
+    assert status is Status.FINISHED and "Nothing to do" in printed
+    assert (tmp_path / "run" / "report.json").read_text() == before
+
+
+def test_more_steps_can_be_added_to_a_checkpoint(arguments, tmp_path):
+    """A checkpoint named by hand, from another folder, with another number of steps: told, and gone on from."""
+    run("full", arguments("train.max_steps=4", "train.save_steps=2", output="first"))
+    checkpoint = tmp_path / "first" / "checkpoints" / "step-4"
+    longer = ("train.max_steps=6", f'train.resume_from_checkpoint="{checkpoint}"')
+    _, printed = run("full", arguments(*longer, output="second"))
+    assert "train.max_steps was 4" in printed and "Resuming after step 4" in printed
+    assert [row["step"] for row in read_metrics(tmp_path / "second") if "loss" in row] == [5, 6]
+
+
+@pytest.mark.parametrize(
+    ("change", "named"),
+    [("optimizer.master=none", "optimizer.master"), ("model.dtype=bf16", "model.dtype"), ("adapter=lora", "adapter")],
+)
+def test_another_recipe_cannot_resume(change, named, arguments, tmp_path):
+    run("full", arguments("train.max_steps=2", "train.save_steps=2", output="first"))
+    checkpoint = tmp_path / "first" / "checkpoints" / "step-2"
+    with pytest.raises(UserError, match=named):
+        run("full", arguments(change, f'train.resume_from_checkpoint="{checkpoint}"', output="second"))
+
+
+def test_a_checkpoint_holds_no_pickle(arguments, tmp_path):
+    run("full", arguments("train.max_steps=2", "train.save_steps=2"))
+    files = [file for file in (tmp_path / "run" / "checkpoints").rglob("*") if file.is_file()]
+    assert {file.suffix for file in files} <= {".safetensors", ".json", ".yaml"}
+    assert load_file(tmp_path / "run" / "checkpoints" / "step-2" / "trainable.safetensors")
