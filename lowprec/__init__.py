@@ -5,10 +5,9 @@ Importing this package touches neither CUDA nor Triton.
 """
 
 import importlib
-from importlib.metadata import version
 from typing import Any
 
-__version__ = version("lowprec")
+__version__ = "0.1.0"
 __all__ = ["AdamW", "WrapReport", "wrap"]
 
 _HOMES = {"wrap": "lowprec.prepare", "WrapReport": "lowprec.prepare", "AdamW": "lowprec.optim"}

@@ -14,9 +14,9 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-import lowprec.adapter  # noqa: F401  registers the options of its group, as do the next three
-import lowprec.layers
-import lowprec.optim.options
+import lowprec.adapter  # noqa: F401  registers the options of its group, as do the next two
+import lowprec.layers  # noqa: F401
+import lowprec.optim.options  # noqa: F401
 from lowprec import overrides as override_rules
 from lowprec.data import Data
 from lowprec.errors import UserError
@@ -119,7 +119,7 @@ def _config_folder(recipe: str) -> Iterator[tuple[str, str, list[str], list[str]
         raise UserError(f"{path.name} is not readable as YAML: {' '.join(str(error).split())}") from error
     if not isinstance(body, dict) or not body:
         raise UserError(f"{path.name} holds no keys. Begin it with 'defaults: [lora, _self_]' and the keys to change.")
-    renamed, messages = override_rules.rename_yaml_aliases(body, path.name)
+    renamed, messages = override_rules.rename_yaml_aliases({str(key): value for key, value in body.items()}, path.name)
     with tempfile.TemporaryDirectory() as folder:
         Path(folder, f"{path.stem}.yaml").write_text(OmegaConf.to_yaml(renamed))
         yield folder, path.stem, [f"file://{path.parent}", "pkg://lowprec_recipes"], messages
@@ -164,7 +164,7 @@ def _explain(name: str, error: Exception) -> str:
     text = " ".join(str(error).split())
     twice = re.search(r"(\w+) appears more than once in the final defaults list", text)
     if twice:
-        return f"{name}: write '- override {twice[1]}: ...' in its defaults list, to replace the choice that is made already."
+        return f"{name}: write '- override {twice[1]}: ...' in its defaults list, to replace the choice made before it."
     causes = [error]
     while (cause := causes[-1].__cause__ or causes[-1].__context__) is not None and isinstance(cause, Exception):
         causes.append(cause)
@@ -175,7 +175,7 @@ def _explain(name: str, error: Exception) -> str:
         return f"{named.full_key}: {str(named).splitlines()[0]}."
     with initialize_config_dir(str(SHIPPED), version_base="1.3"):
         schema = compose(SCHEMA_NAME)
-    return f"{name}: {override_rules.unknown_key(named.full_key, schema)}"
+    return f"{name}: {override_rules.unknown_key(str(named.full_key), schema)}"
 
 
 def _build(config: DictConfig) -> Recipe:

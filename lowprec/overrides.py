@@ -170,8 +170,8 @@ def unknown_key(key: str, config: DictConfig) -> str:
         )
     same_leaf = [k for k in known if "." in k and k.rpartition(".")[2] == leaf]
     near = same_leaf or difflib.get_close_matches(key, known, n=1, cutoff=0.5)
-    near = near or [
-        k for k in known if k.rpartition(".")[2] in difflib.get_close_matches(leaf, [x.rpartition(".")[2] for x in known], n=1)
-    ]  # fmt: skip
+    if not near:
+        leaves = {k.rpartition(".")[2]: k for k in known}
+        near = [leaves[name] for name in difflib.get_close_matches(leaf, leaves, n=1)]
     hint = f"Did you mean {near[0]}?" if near else f"The groups are {', '.join(str(g) for g in config)}."
     return f"Unknown key {key}. {hint}"

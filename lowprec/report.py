@@ -16,6 +16,8 @@ from rich.console import Console
 from rich.table import Table
 from torch import nn
 
+from lowprec import __version__
+
 GIB = 2**30
 _PACKAGES = (
     "lowprec",
@@ -32,7 +34,7 @@ _PACKAGES = (
 
 def versions() -> dict[str, str]:
     """Versions of what the numbers of a run depend on; packages that are missing are left out."""
-    found = {"python": platform.python_version()}
+    found = {"lowprec": __version__, "python": platform.python_version()}
     for package in _PACKAGES:
         try:
             found[package] = importlib.metadata.version(package)
@@ -72,7 +74,7 @@ def dtypes(model: nn.Module, optimizer: torch.optim.Optimizer, compute: torch.dt
 
 
 def peak_memory() -> dict[str, float]:
-    """Peak GiB since the process began: ``peak_ram_gib`` resident, ``peak_vram_gib`` allocated by PyTorch (0 on the CPU)."""
+    """Peak GiB of this process: ``peak_ram_gib`` resident, ``peak_vram_gib`` allocated by PyTorch (0 on the CPU)."""
     vram = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
     return {
         "peak_vram_gib": round(vram, 3),

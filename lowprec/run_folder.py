@@ -5,7 +5,7 @@ import json
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
-from enum import Enum
+from enum import StrEnum
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -17,7 +17,7 @@ REPORT = "report.json"
 METRICS = "metrics.jsonl"
 
 
-class Status(str, Enum):
+class Status(StrEnum):
     """How a run ended, as ``report.json`` has it."""
 
     RUNNING = "running"
@@ -156,7 +156,7 @@ def _claim(lock: TextIO, path: Path) -> None:
         lock.seek(0)
         owner = lock.read().strip() or "unknown"
         raise UserError(
-            f"Another run (process {owner}) is writing {path}. Wait for it, stop it, or choose another train.output_dir."
+            f"Another run (process {owner}) is writing {path}. Wait for it, stop it, or change train.output_dir."
         ) from error
     lock.truncate(0)
     lock.write(str(os.getpid()))

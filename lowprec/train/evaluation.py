@@ -1,5 +1,7 @@
 """Held-out loss, and the model's own words."""
 
+from typing import Any
+
 import torch
 from accelerate import Accelerator
 from torch import nn
@@ -35,7 +37,7 @@ def evaluate(
 
 
 @torch.no_grad()
-def answer(model: nn.Module, tokenizer, prompt_ids: list[int], max_new_tokens: int, accelerator: Accelerator) -> str:
+def answer(model: Any, tokenizer: Any, prompt_ids: list[int], max_new_tokens: int, accelerator: Accelerator) -> str:
     """The most likely continuation of a prompt (greedy), without special tokens.
 
     Args:

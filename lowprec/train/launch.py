@@ -1,6 +1,7 @@
 """What has to be settled between processes before a run begins: Accelerate, the run folder, trackers."""
 
 import importlib.util
+from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
@@ -35,8 +36,8 @@ def start_accelerator(recipe: Recipe) -> tuple[Accelerator, str | None]:
     )
     if accelerator.distributed_type not in _SUPPORTED:
         raise UserError(
-            f"accelerate launch asks for {accelerator.distributed_type.value}, which lowprec does not run. Use plain data "
-            "parallelism (--multi_gpu, or --cpu with several processes), or a single process."
+            f"accelerate launch asks for {accelerator.distributed_type.value}, which lowprec does not run. "
+            "Use plain data parallelism (--multi_gpu) or a single process."
         )
     return accelerator, note
 
@@ -50,11 +51,11 @@ def claim_run_folder(recipe: Recipe, accelerator: Accelerator) -> RunFolder | No
         except UserError as error:
             wrong = str(error)
     if accelerator.num_processes > 1:
-        shared = [(folder.path, folder.resume_from) if folder else None, wrong]
+        shared: list[Any] = [wrong, folder and folder.path, folder and folder.resume_from]
         broadcast_object_list(shared)
-        paths, wrong = shared
-        if folder is None and paths is not None:
-            folder = RunFolder(*paths, messages=[])
+        wrong, path, resume_from = shared
+        if folder is None and path is not None:
+            folder = RunFolder(path, resume_from, messages=[])
     if wrong is not None:
         raise UserError(wrong)
     return folder

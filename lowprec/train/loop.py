@@ -81,8 +81,13 @@ class Run:
         self.recorder = Recorder(recipe, folder, accelerator, console)
         self.optimizer: torch.optim.Optimizer | None = None
         self.progress: dict[str, Any] = {
-            "step": 0, "trained_tokens": 0, "eval_loss_before": None, "eval_loss": None, "answers_before": [], "answers": [],
-        }  # fmt: skip
+            "step": 0,
+            "trained_tokens": 0,
+            "eval_loss_before": None,
+            "eval_loss": None,
+            "answers_before": [],
+            "answers": [],
+        }
 
     def execute(self) -> Status:
         """Build, resume or begin, take the steps, save what is due, report."""
@@ -115,7 +120,7 @@ class Run:
             self.recorder.finish(
                 report,
                 [
-                    (self.tokenizer.decode(p.input_ids, skip_special_tokens=True), p.reference)
+                    (str(self.tokenizer.decode(p.input_ids, skip_special_tokens=True)), p.reference)
                     for p in self.data.prompts
                 ],
             )
@@ -181,6 +186,7 @@ class Run:
 
     def _describe(self) -> None:
         """Put into the report what grows with the steps: the states, their traffic, and what a stream has read."""
+        assert self.optimizer is not None
         facts = self.recorder.facts
         summary = self.data.summary
         if summary.padding_share is None:
@@ -270,8 +276,8 @@ class Run:
         self.progress["step"] = pending.row["step"] - 1
         origin = find_origin(self.model, pending.batch, pending.random_state, self.accelerator)
         raise NonFiniteError(
-            f"Step {pending.row['step']} is not finite (loss {loss}, gradient norm {grad_norm}): it arose in the {origin}. "
-            f"It was not applied to the weights. The last good checkpoint: "
+            f"Step {pending.row['step']} is not finite (loss {loss}, gradient norm {grad_norm}): it arose in the "
+            f"{origin}. It was not applied to the weights. The last good checkpoint: "
             f"{self.recorder.last_checkpoint() or 'none, train.save_steps was not reached'}. A lower "
             "optimizer.learning_rate, a longer optimizer.warmup_ratio, or a look at the samples of that step may help."
         )
@@ -281,8 +287,8 @@ class Run:
         loss = evaluate(self.wrapped, self.data, options, self.tokenizer.pad_token_id, self.accelerator)
         if not math.isfinite(loss):
             raise NonFiniteError(
-                f"The held-out loss at step {self.progress['step']} is {loss}: the model gives no finite logits for some "
-                "held-out sample. Look at the weights it starts from, and at model.dtype."
+                f"The held-out loss at step {self.progress['step']} is {loss}: the model gives no finite logits for "
+                "some held-out sample. Look at the weights it starts from, and at model.dtype."
             )
         self.progress["eval_loss"] = loss
         if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):

@@ -1,7 +1,6 @@
 """The recipe's group ``train``: how long, how large, what is saved and watched."""
 
 from dataclasses import dataclass, field
-from typing import Optional
 
 from lowprec.errors import UserError
 
@@ -12,9 +11,9 @@ AUTO = "auto"
 class Train:
     """Keys are spelled as in Hugging Face's ``TrainingArguments``."""
 
-    output_dir: Optional[str] = None
+    output_dir: str | None = None
     """The run folder. None means ``runs/<recipe name>``."""
-    max_steps: Optional[int] = None
+    max_steps: int | None = None
     """Optimizer steps. None means as many as ``num_train_epochs`` takes."""
     num_train_epochs: float = 1.0
     """Passes over the training data; read only where ``max_steps`` is None."""
@@ -23,24 +22,24 @@ class Train:
     gradient_accumulation_steps: int = 1
     gradient_checkpointing: bool = False
     """Recompute activations in backward: about a third more computing for several times less memory."""
-    max_grad_norm: Optional[float] = 1.0
+    max_grad_norm: float | None = 1.0
     """Exact clipping by the global norm; None turns it off."""
     seed: int = 42
-    eval_steps: Optional[int] = None
+    eval_steps: int | None = None
     """Evaluate and answer the sample prompts every so many steps. None: before the first and after the last only."""
-    eval_max_samples: Optional[int] = 512
+    eval_max_samples: int | None = 512
     """Held-out samples an evaluation reads (the first of a fixed order); None reads all."""
     num_sample_answers: int = 1
     """Held-out prompts that the model answers at each evaluation."""
     sample_max_new_tokens: int = 64
-    save_steps: Optional[int] = None
+    save_steps: int | None = None
     """Write a checkpoint every so many steps. None: only when interrupted."""
-    save_total_limit: Optional[int] = 2
+    save_total_limit: int | None = 2
     """Checkpoints kept; older ones are removed once a newer one is complete. None keeps all."""
-    resume_from_checkpoint: Optional[str] = None
+    resume_from_checkpoint: str | None = None
     """``auto`` (the newest whole checkpoint in ``output_dir``, or the beginning), or a checkpoint folder."""
     report_to: list[str] = field(default_factory=lambda: [AUTO])
-    """Trackers of Accelerate: ``auto`` is TensorBoard where installed; ``wandb``, ``mlflow``, ...; an empty list for none."""
+    """Trackers of Accelerate: ``auto`` is TensorBoard where installed; ``wandb``, ``mlflow``, ...; empty for none."""
 
     def __post_init__(self) -> None:
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",

@@ -27,12 +27,12 @@ def explain(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer |
     peak = torch.cuda.max_memory_allocated()
     rest = max(peak - weights - gradients - states, 0)
     held = (
-        f"weights {weights / GIB:.2f} GiB, gradients {gradients / GIB:.2f} GiB, optimizer states {states / GIB:.2f} GiB, "
-        f"activations and workspace {rest / GIB:.2f} GiB at the peak"
+        f"weights {weights / GIB:.2f} GiB, gradients {gradients / GIB:.2f} GiB, optimizer states {states / GIB:.2f} "
+        f"GiB, activations and workspace {rest / GIB:.2f} GiB at the peak"
     )
     return (
-        f"Out of GPU memory: {total / GIB:.2f} GiB in all, {peak / GIB:.2f} GiB taken by this run at its peak ({held}). "
-        f"What lowers it, the cheapest first: {'; '.join(_remedies(recipe, states > rest))}."
+        f"Out of GPU memory: {total / GIB:.2f} GiB in all, {peak / GIB:.2f} GiB taken by this run at its peak "
+        f"({held}). What lowers it, the cheapest first: {'; '.join(_remedies(recipe, states > rest))}."
     )
 
 

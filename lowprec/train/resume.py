@@ -40,11 +40,11 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
     if binding:
         told = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in binding)
         raise UserError(
-            f"{checkpoint} was made by another recipe: {told}. Resume with the recipe.yaml of that run folder, or choose "
-            "another train.output_dir."
+            f"{checkpoint} was made by another recipe: {told}. Resume with the recipe.yaml of that run folder, or "
+            "choose another train.output_dir."
         )
     return [
-        f"{key} was {before.get(key)} in the checkpoint and is {now.get(key)} now: the rest differs from an undisturbed run."
+        f"{key} was {before.get(key)} in the checkpoint and is {now.get(key)} now: the rest is not that of one run."
         for key in changed
     ]
 

@@ -1,4 +1,4 @@
-"""What a checkpoint holds, and how it comes back bit for bit: trainable weights, optimizer, schedule, position, chance."""
+"""What a checkpoint holds, and how it comes back bit for bit: weights, optimizer, schedule, position, chance."""
 
 import json
 import random
@@ -110,8 +110,8 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
     ]
     if different:
         raise UserError(
-            f"{folder} is a checkpoint of another set of weights ({len(different)} differ, the first is {different[0]}). "
-            "Resume with the recipe in that run folder, or choose another train.output_dir."
+            f"{folder} is a checkpoint of another set of weights ({len(different)} differ, the first is "
+            f"{different[0]}). Resume with the recipe in that run folder, or choose another train.output_dir."
         )
     with torch.no_grad():
         for name, parameter in mine.items():

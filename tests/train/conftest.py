@@ -16,7 +16,7 @@ from lowprec.run_folder import Status
 from lowprec.testing import save_tiny
 from lowprec.train.loop import train
 
-WORDS = "blue green red yellow white black small large round flat cold warm".split()
+WORDS = ["blue", "green", "red", "yellow", "white", "black", "small", "large", "round", "flat", "cold", "warm"]
 
 
 @pytest.fixture(autouse=True)
@@ -80,11 +80,11 @@ def run(recipe: str, arguments: list[str]) -> tuple[Status, str]:
 
 
 def forked(recipe: str, arguments: list[str]) -> Any:
-    """Train in a forked process, which starts in a moment because everything is imported. Its exit code tells the rest."""
+    """Train in a forked process, which starts in a moment because everything is imported already."""
     torch.set_num_threads(1)  # a child cannot use threads that its parent has started
 
     def body() -> None:
-        with open(os.devnull, "w") as nowhere:
+        with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
             status, _ = run(recipe, arguments)
         os._exit({Status.FINISHED: 0, Status.INTERRUPTED: 75}[status])
