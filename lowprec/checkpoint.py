@@ -93,7 +93,7 @@ def step_of(checkpoint: Path) -> int:
 
 def newest_whole(parent: Path) -> tuple[Path | None, list[str]]:
     """The newest checkpoint without damage, and what is wrong with those newer than it."""
-    complaints = []
+    complaints: list[str] = []
     for folder in reversed(checkpoints(parent)):
         wrong = damage(folder)
         if wrong is None:

@@ -129,8 +129,8 @@ def rename_yaml_aliases(node: Mapping[str, Any], source: str) -> tuple[dict[str,
 def schema_keys(config: DictConfig) -> list[str]:
     """Every dotted key of a composed recipe, groups included: ``train``, ``train.max_steps``, ..."""
     keys = []
-    for group in config:
-        keys.append(str(group))
+    for group in map(str, config):
+        keys.append(group)
         option_type = OmegaConf.get_type(config, group)
         if is_dataclass(option_type):
             keys += [f"{group}.{field.name}" for field in fields(option_type)]

@@ -20,7 +20,6 @@ from lowprec import __version__
 
 GIB = 2**30
 _PACKAGES = (
-    "lowprec",
     "torch",
     "transformers",
     "accelerate",
