@@ -1,6 +1,8 @@
-"""``lowprec bench ssd --path P``: what the disk gives to the ssd store's pattern of reads and writes, and the best setting.
+"""``lowprec bench ssd --path P``: what the disk gives to the ssd store's pattern of reads and writes, and the best
+setting.
 
-Every transfer is whole, aligned and past the page cache, as the store's are. ``mixed`` writes as many bytes as it reads,
+Every transfer is whole, aligned and past the page cache, as the store's are. ``mixed`` writes as many bytes as it
+reads,
 the writes following the reads at a distance: what an optimizer step does.
 """
 
@@ -15,7 +17,7 @@ from typing import Any
 
 from rich.table import Table
 
-from lowprec.optim.disk import GIB, Disk, HostMemory, direct_refusal, reserve
+from lowprec.optim.disk import GIB, Disk, HostMemory, bytes_of, direct_refusal, reserve
 from lowprec.optim.path_lock import PREFIX, PathLock
 from lowprec.optim.stores import TUNED_FILE
 
@@ -57,7 +59,9 @@ class SsdReport:
             values = (f"{value:.2f}" for value in (rate.read_gb_s, rate.write_gb_s, rate.mixed_gb_s))
             mark = " *" if rate == self.best else ""
             table.add_row(f"{rate.block_mib:g}", f"{rate.threads}{mark}", *values)
-        table.caption = f"* kept for this path; sustained for {self.sustained_s:.0f} s: {self.sustained_mixed_gb_s:.2f} GB/s mixed"
+        table.caption = (
+            f"* kept for this path; sustained for {self.sustained_s:.0f} s: {self.sustained_mixed_gb_s:.2f} GB/s mixed"
+        )
         return table
 
 
@@ -71,7 +75,7 @@ class _Bench:
         (self.file,) = reserve(disk, [path / f"{PREFIX}bench.bin"], [nbytes], [direct], remedy)
         self._memory = HostMemory(max(THREADS) * 2 * max(BLOCKS), pin=False)
         self._memory.tensor.random_()
-        contents = memoryview(self._memory.tensor.numpy())
+        contents = bytes_of(self._memory.tensor)
         self._buffers = [contents[i * max(BLOCKS) : (i + 1) * max(BLOCKS)] for i in range(2 * max(THREADS))]
 
     def fill(self) -> None:
@@ -116,8 +120,8 @@ class _Bench:
 def run(path: str | Path, seconds: float = 45.0, size_gib: float = 2.0) -> SsdReport:
     """Measure the disk under ``path`` for about ``seconds``, with a file of ``size_gib`` that is removed afterwards.
 
-    The best block and threads are kept in ``path`` and used by every ssd store there. Raises UserError where the space is
-    missing or a run holds the path.
+    The best block and threads are kept in ``path`` and used by every ssd store there. Raises UserError where the
+    space is missing or a run holds the path.
     """
     path = Path(path)
     path.mkdir(parents=True, exist_ok=True)
@@ -129,7 +133,11 @@ def run(path: str | Path, seconds: float = 45.0, size_gib: float = 2.0) -> SsdRe
             bench.fill()
             each = seconds * 0.7 / (len(BLOCKS) * len(THREADS) * 3)
             rates = [
-                Rate(block / 2**20, threads, *(bench.rate(mode, block, threads, each) for mode in ("read", "write", "mixed")))
+                Rate(
+                    block / 2**20,
+                    threads,
+                    *(bench.rate(mode, block, threads, each) for mode in ("read", "write", "mixed")),
+                )
                 for block in BLOCKS
                 for threads in THREADS
             ]

@@ -30,14 +30,14 @@ class AdamW(torch.optim.Optimizer):
             unnamed parameter is called by its place, ``param_0``. Parameters that require no gradient now are left out.
         lr, betas, eps, weight_decay, amsgrad, maximize: as in ``torch.optim.AdamW``.
         foreach, capturable, differentiable, fused: the update is always a fused one that keeps no graph, hence
-            ``foreach=True``, ``fused=False`` and ``differentiable=True`` are refused; ``capturable`` needs the gpu store.
+            ``foreach=True``, ``fused=False``, ``differentiable=True`` are refused; ``capturable`` needs the gpu store.
         state_store: ``"gpu"`` (beside the weights, on whatever device they are), ``"cpu"`` (host memory) or ``"ssd"``.
         path: folder of the ssd store, or several, on different disks, to stripe over. One run at a time may use it.
         state_dtype: of the moments: ``"fp32"``, ``"bf16"`` or ``"int8"`` (8-bit codes, a scale for 256 elements).
         master: of bf16 weights: ``"split"`` keeps the missing 16 bits of an fp32 master (2 bytes), ``"fp32"`` a whole
             master (4 bytes), ``"none"`` rounds the weight stochastically. fp32 weights are their own master.
         seed: of all stochastic rounding; the same seed repeats a run bit for bit.
-        update_on: ``"weights"`` updates on the device of the weights; ``"cpu"`` brings gradients and weights to the host.
+        update_on: ``"weights"`` updates on the device of the weights; ``"cpu"`` copies them to the host and back.
         drive_tbw: TB that can be written to the drive, by its maker; ``statistics`` then shows the run's share.
         store_options: further settings of the store, see ``lowprec.optim.stores.open_store``.
 
@@ -72,9 +72,9 @@ class AdamW(torch.optim.Optimizer):
         if update_on not in ("weights", "cpu"):
             raise UserError(f"update_on={update_on!r} is unknown: choose weights or cpu.")
         self._built = False
-        defaults = dict(lr=lr, betas=tuple(betas), eps=eps, weight_decay=weight_decay, amsgrad=amsgrad)
-        defaults |= dict(maximize=maximize, foreach=foreach, capturable=capturable)
-        super().__init__(params, defaults | dict(differentiable=differentiable, fused=fused))
+        hyper = {"lr": lr, "betas": tuple(betas), "eps": eps, "weight_decay": weight_decay, "amsgrad": amsgrad}
+        modes = {"maximize": maximize, "foreach": foreach, "capturable": capturable, "fused": fused}
+        super().__init__(params, {**hyper, **modes, "differentiable": differentiable})
         self.found_inf: Tensor | None = None
         self.names, self._params, self._group_of = number(self.param_groups)
         self._formats: dict[int, StateFormat] = {}
@@ -97,8 +97,10 @@ class AdamW(torch.optim.Optimizer):
         self._order = list(self._store.chunks)
         self._counts = StepCounts(self._update_devices)
         self._round: Round | None = None
+        self._views: dict[int, list[dict[str, Tensor]]] = {}
         self._in_backward: UpdateInBackward | None = None
-        self._facts = {"state_store": state_store, "state_dtype": state_dtype, "master": master, "drive_tbw": drive_tbw}
+        self._facts = {"state_store": state_store, "state_dtype": state_dtype, "master": master}
+        self._drive_tbw = drive_tbw
         self._has_states = False
         self._num_steps = 0
         self._built = True
@@ -107,14 +109,14 @@ class AdamW(torch.optim.Optimizer):
         """Add a group; only before the optimizer is built, because the places of all states are laid out once."""
         if self._built:
             raise UserError(
-                "lowprec.AdamW lays out its states when it is built and takes no parameter group afterwards: give it all "
-                "groups at once, with lr=0 for those that are to rest."
+                "lowprec.AdamW lays out its states when it is built and takes no parameter group afterwards: give "
+                "it all groups at once, with lr=0 for those that are to rest."
             )
         super().add_param_group(param_group)
         check_hyper(self.param_groups[-1])
 
     @torch.no_grad()
-    def step(self, closure: Callable[[], float] | None = None) -> float | None:
+    def step(self, closure: Callable[[], float] | None = None) -> float | None:  # type: ignore[override]
         """Update every parameter that has a gradient; returns what ``closure`` returns, if given."""
         loss = None
         if closure is not None:
@@ -123,8 +125,8 @@ class AdamW(torch.optim.Optimizer):
         for i in self._left_out:
             if self._params[i].grad is not None:
                 raise UserError(
-                    f"Parameter {self.names[i]} has a gradient but required none when the optimizer was built, so it has "
-                    "no states: unfreeze it before building the optimizer."
+                    f"Parameter {self.names[i]} has a gradient but required none when the optimizer was built, so "
+                    "it has no states: unfreeze it before building the optimizer."
                 )
         current = self._begin()
         self._update([chunk for chunk in self._order if chunk.index not in current.finished])
@@ -180,7 +182,10 @@ class AdamW(torch.optim.Optimizer):
 
     def _slices(self, chunk: Chunk, buffer: Tensor) -> Iterable[Slice]:
         current = self._begin()
-        for piece, states in zip(chunk.pieces, chunk.views(buffer), strict=True):
+        views = self._views.get(chunk.index) or chunk.views(buffer)
+        if self._store.resident:  # made once: 272 small parameters cost 5 ms a step otherwise
+            self._views[chunk.index] = views
+        for piece, states in zip(chunk.pieces, views, strict=True):
             i = piece.parameter
             param, grad = self._params[i], self._params[i].grad
             if grad is None:
@@ -201,7 +206,7 @@ class AdamW(torch.optim.Optimizer):
             )
 
     def _show_states(self) -> None:
-        """Fill torch's ``self.state``: with the states where they are in memory, with the step count alone elsewhere."""
+        """Fill torch's ``self.state``: all states of a store in memory, the step count alone of another."""
         self._has_states = True
         for i in self._formats:
             self.state[self._params[i]] = {"step": self._counts.of(i)}
@@ -222,15 +227,14 @@ class AdamW(torch.optim.Optimizer):
         """
         numel = sum(self._params[i].numel() for i in self._formats)
         nbytes = sum(format.nbytes(self._params[i].numel()) for i, format in self._formats.items())
-        facts = {key: self._facts[key] for key in ("state_store", "state_dtype", "master")}
-        facts |= {
+        facts: dict[str, Any] = self._facts | {
             "parameters": numel,
             "bytes_per_parameter": nbytes / max(numel, 1),
             "states_gib": nbytes / 2**30,
             "updates_in_backward": self._in_backward is not None,
             "steps": self._num_steps,
         }
-        return facts | drive_facts(self._store.traffic, self._num_steps, num_steps, self._facts["drive_tbw"])
+        return facts | drive_facts(self._store.traffic, self._num_steps, num_steps, self._drive_tbw)
 
     @property
     def notes(self) -> list[str]:
@@ -246,6 +250,7 @@ class AdamW(torch.optim.Optimizer):
         if self._in_backward is not None:
             self._in_backward.remove()
         self.state.clear()
+        self._views.clear()
         self._store.close()
 
     def state_dict(self) -> dict[str, Any]:
@@ -257,7 +262,7 @@ class AdamW(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Take a ``state_dict`` over bit for bit, of whatever ``state_store``, with the same ``state_dtype`` and ``master``.
+        """Take a ``state_dict`` over bit for bit, of any ``state_store`` with the same ``state_dtype`` and ``master``.
 
         torch's own would cast the states to the dtype of the weights.
         """
@@ -287,7 +292,10 @@ class AdamW(torch.optim.Optimizer):
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         header = states_io.Header(
-            groups=[states_io.settings(group) | {"param_names": self._names_in(g)} for g, group in enumerate(self.param_groups)],
+            groups=[
+                states_io.settings(group) | {"param_names": self._names_in(g)}
+                for g, group in enumerate(self.param_groups)
+            ],
             parameters={
                 self.names[i]: {
                     "shape": list(self._params[i].shape),

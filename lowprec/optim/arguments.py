@@ -39,13 +39,13 @@ def check_modes(
         )
     if capturable and state_store != "gpu":
         raise UserError(
-            f"capturable=True cannot be honoured with state_store={state_store!r}, whose transfers no CUDA graph holds: "
-            "use state_store='gpu'."
+            f"capturable=True cannot be honoured with state_store={state_store!r}, whose transfers no CUDA graph "
+            "holds: use state_store='gpu'."
         )
 
 
 def number(groups: Sequence[dict]) -> tuple[list[str], list[Tensor], list[int]]:
-    """Names, parameters and group numbers of all parameters in the order of the groups, as torch's state dicts number them."""
+    """Names, parameters and group numbers, in the order in which torch's state dicts number the parameters."""
     names: list[str] = []
     params: list[Tensor] = []
     group_of: list[int] = []
@@ -67,6 +67,7 @@ def check_param(name: str, param: Tensor) -> None:
     """A parameter must be one dense run of memory, which slices and chunks are cut from."""
     if param.layout != torch.strided or not param.is_contiguous():
         raise UserError(
-            f"Parameter {name} (shape {tuple(param.shape)}, strides {param.stride() if param.layout == torch.strided else None}) "
+            f"Parameter {name} (shape {tuple(param.shape)}, strides "
+            f"{param.stride() if param.layout == torch.strided else None}) "
             "is not contiguous: make it so (param.data = param.data.contiguous()) before building the optimizer."
         )

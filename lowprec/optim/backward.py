@@ -12,8 +12,8 @@ from lowprec.optim.layout import Chunk
 class UpdateInBackward:
     """Calls ``update(chunks)`` from backward, for every chunk when the last of its gradients is there.
 
-    A gradient is freed when all chunks of its parameter are updated. ``norm_squared`` sums the gradients' squares as they
-    come: it is not finite from the first bad gradient on, and what comes after that must be skipped.
+    A gradient is freed when all chunks of its parameter are updated. ``norm_squared`` sums the squares of
+    the gradients that came: it is not finite from the first bad one on, and what comes after that must be skipped.
     """
 
     def __init__(
@@ -57,8 +57,8 @@ class UpdateInBackward:
             self._missing[chunk.index] -= 1
             if self._missing[chunk.index] < 0:
                 raise UserError(
-                    "A second backward came before optimizer.step(): updating in backward frees each gradient at once and "
-                    "cannot accumulate. Use train.gradient_accumulation_steps=1, or set train.max_grad_norm."
+                    "A second backward came before optimizer.step(): updating in backward frees each gradient at "
+                    "once and cannot accumulate. Use train.gradient_accumulation_steps=1, or set train.max_grad_norm."
                 )
             if self._missing[chunk.index] == 0:
                 self._update([chunk])

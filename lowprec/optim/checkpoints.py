@@ -45,7 +45,7 @@ def save_optimizer_states(optimizer: torch.optim.Optimizer, folder: str | Path) 
 
 
 def load_optimizer_states(optimizer: torch.optim.Optimizer, folder: str | Path) -> None:
-    """Continue from a folder of ``save_optimizer_states``. Raises UserError where it is of another optimizer or model."""
+    """Continue from a folder of ``save_optimizer_states``. Raises UserError where its optimizer or model is another."""
     if hasattr(optimizer, "load_states"):
         optimizer.load_states(folder)
         return
@@ -57,8 +57,8 @@ def load_optimizer_states(optimizer: torch.optim.Optimizer, folder: str | Path) 
     header = json.loads((folder / HEADER_FILE).read_text())
     if header.get("class") != type(optimizer).__name__:
         raise UserError(
-            f"{folder} holds states of {header.get('class', 'lowprec.AdamW')}, but this run uses {type(optimizer).__name__}: "
-            "resume with the optimizer of the saved run."
+            f"{folder} holds states of {header.get('class', 'lowprec.AdamW')}, but this run uses "
+            f"{type(optimizer).__name__}: resume with the optimizer of the saved run."
         )
     names, params, _ = number(optimizer.param_groups)
     if set(names) != set(header["values"]):
@@ -78,7 +78,7 @@ def load_optimizer_states(optimizer: torch.optim.Optimizer, folder: str | Path) 
 
 
 def _place(optimizer: torch.optim.Optimizer, key: str, saved: Tensor, param: Tensor) -> Tensor:
-    """A state tensor where the optimizer expects it: managed memory, beside the parameter, or the host for torch's ``step``."""
+    """A state tensor where it is expected: in managed memory, beside the parameter, or (``step``) on the host."""
     if key in ("state1", "state2") and hasattr(optimizer, "get_state_buffer"):
         target = optimizer.get_state_buffer(param, dtype=saved.dtype)
         return target.copy_(saved)

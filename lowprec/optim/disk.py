@@ -115,8 +115,10 @@ class SlotFile:
         self.path.unlink(missing_ok=True)
 
 
-def reserve(disk: Disk, paths: Sequence[Path], nbytes: Sequence[int], direct: Sequence[bool], remedy: str) -> list[SlotFile]:
-    """New files of the given lengths with their space reserved. Raises UserError, leaving none, where a disk is full."""
+def reserve(
+    disk: Disk, paths: Sequence[Path], nbytes: Sequence[int], direct: Sequence[bool], remedy: str
+) -> list[SlotFile]:
+    """New files of the given lengths, their space reserved. Raises UserError, leaving none, where a disk is full."""
     files: list[SlotFile] = []
     for path, length, is_direct in zip(paths, nbytes, direct, strict=True):
         try:
@@ -130,6 +132,11 @@ def reserve(disk: Disk, paths: Sequence[Path], nbytes: Sequence[int], direct: Se
                 f"{free:.2f} GiB are free ({error.strerror}). {remedy}"
             ) from error
     return files
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The memory of a uint8 CPU tensor, for system calls."""
+    return memoryview(tensor.numpy())  # type: ignore[arg-type]  # an array is a buffer
 
 
 class HostMemory:

@@ -15,14 +15,25 @@ from lowprec.optim.saved_chunks import SavedChunks
 from lowprec.optim.states_io import HEADER_FILE, Shards, read_header, write_json, write_shards
 
 MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq")
-TORCH_SETTINGS = ("lr", "betas", "eps", "weight_decay", "amsgrad", "maximize", "foreach", "capturable", "differentiable", "fused")
+TORCH_SETTINGS = (
+    "lr",
+    "betas",
+    "eps",
+    "weight_decay",
+    "amsgrad",
+    "maximize",
+    "foreach",
+    "capturable",
+    "differentiable",
+    "fused",
+)
 
 
 def export(folder: str | Path, target: str | Path, weights: str | Path | None = None) -> None:
     """Write the states in ``folder`` (of ``AdamW.save_states``, any store) to ``target``, one parameter at a time.
 
-    ``target`` gets shards with ``<parameter>.exp_avg`` and ``.exp_avg_sq`` in fp32 and ``.step``, and ``optimizer.json``
-    with the groups; ``load_exported`` makes the state dict of them.
+    ``target`` gets shards with ``<parameter>.exp_avg`` and ``.exp_avg_sq`` in fp32 and ``.step``, and
+    ``optimizer.json`` with the groups; ``load_exported`` makes the state dict of them.
 
     Args:
         weights: a safetensors file with the weights of the same checkpoint. With it a split master is put together too:

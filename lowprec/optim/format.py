@@ -1,6 +1,7 @@
 """What is stored for a parameter: the fields, their dtypes and their bytes (kernels/lowprec_kernels/adamw)."""
 
 from dataclasses import asdict, dataclass
+from functools import cached_property
 
 import torch
 from lowprec_kernels.adamw.reference import BLOCK, SCALE_OF
@@ -51,7 +52,7 @@ class StateFormat:
             "torch.float32 or torch.bfloat16 weights (model.dtype), or master='fp32' for torch.float16."
         )
 
-    @property
+    @cached_property
     def fields(self) -> tuple[Field, ...]:
         dtype = STATE_DTYPES[self.state_dtype]
         fields = []

@@ -6,12 +6,12 @@ from torch import nn
 
 from lowprec.errors import UserError
 
-# Left without weight decay, as in transformers' Trainer (get_decay_parameter_names): biases and norms, by class or name.
+# Left without weight decay, as in transformers' Trainer.get_decay_parameter_names: biases and norms, by class or name.
 _NOT_DECAYED = (r"bias", r"layernorm", r"rmsnorm", r"(?:^|\.)norm(?:$|\.)", r"_norm(?:$|\.)")
 
 
 def decay_groups(model: nn.Module, weight_decay: float) -> list[dict[str, Any]]:
-    """Two groups of named parameters that require a gradient: those with ``weight_decay``, and biases and norms with none.
+    """Two groups of named parameters that require a gradient: with ``weight_decay``, and biases and norms with none.
 
     An empty group is left out. Raises UserError where nothing trains.
     """

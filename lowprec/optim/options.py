@@ -3,7 +3,7 @@
 import inspect
 import math
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import torch
 from torch import nn
@@ -87,7 +87,8 @@ class OptimizerOptions:
     def __post_init__(self) -> None:
         if self.lr_scheduler_type not in schedule_names():
             raise UserError(
-                f"optimizer.lr_scheduler_type={self.lr_scheduler_type} is unknown: choose one of {', '.join(schedule_names())}."
+                f"optimizer.lr_scheduler_type={self.lr_scheduler_type} is unknown: choose one of "
+                f"{', '.join(schedule_names())}."
             )
         if not 0 <= self.warmup_ratio <= 1:
             raise UserError(f"optimizer.warmup_ratio={self.warmup_ratio} must be between 0 and 1.")
@@ -99,7 +100,7 @@ class OptimizerOptions:
                 raise UserError(f"optimizer.{name}={getattr(self, name)} must be at least 0 and below 1.")
 
     def build(self, model: nn.Module, state_store: Any) -> torch.optim.Optimizer:
-        """The optimizer of the parameters of ``model`` that train, its states in ``state_store`` (an option of that group)."""
+        """The optimizer of the parameters of ``model`` that train; ``state_store`` is an option of that group."""
         raise NotImplementedError
 
     def warnings(self, model: nn.Module, state_store: Any) -> list[str]:
@@ -131,15 +132,16 @@ class AdamWOptions(OptimizerOptions):
                 )
 
     def build(self, model: nn.Module, state_store: Any) -> AdamW:
-        formats = {"state_dtype": self.state_dtype, "master": self.master}
-        return AdamW(decay_groups(model, self.weight_decay), **self._adam(), **formats, **state_store.arguments())
+        arguments = {**self._adam(), **state_store.arguments(), "state_dtype": self.state_dtype, "master": self.master}
+        return AdamW(decay_groups(model, self.weight_decay), **arguments)
 
     def warnings(self, model: nn.Module, state_store: Any) -> list[str]:
         notes = []
         trainable = [param for param in model.parameters() if param.requires_grad]
         if self.master == "none" and any(param.dtype == torch.bfloat16 for param in trainable):
             notes.append(
-                "optimizer.master=none keeps no fp32 master of the bf16 weights: each update is rounded stochastically to "
+                "optimizer.master=none keeps no fp32 master of the bf16 weights: each update is rounded "
+                "stochastically to "
                 "bf16, which costs some loss. optimizer.master=split keeps the master exactly for 2 bytes a parameter."
             )
         states = sum(
@@ -149,7 +151,8 @@ class AdamWOptions(OptimizerOptions):
         if isinstance(state_store, SsdStore) and states < SMALL_STATES:
             notes.append(
                 f"state_store=ssd: the {sum(param.numel() for param in trainable):,} parameters that train have about "
-                f"{states / 2**20:.0f} MiB of states, too little to be worth a disk's time and wear: state_store=gpu is faster."
+                f"{states / 2**20:.0f} MiB of states, too little to be worth a disk's time and wear: "
+                "state_store=gpu is faster."
             )
         return notes
 
@@ -157,6 +160,9 @@ class AdamWOptions(OptimizerOptions):
 @dataclass(kw_only=True, slots=True)
 class BitsAndBytesOptions(OptimizerOptions):
     """What the optimizers of bitsandbytes share."""
+
+    option_name: ClassVar[str]
+    class_name: ClassVar[str]
 
     def check(self, recipe: Any) -> None:
         """Called before anything is loaded. Raises UserError where ``recipe.state_store`` is not ``gpu``."""
@@ -177,8 +183,10 @@ class BitsAndBytesOptions(OptimizerOptions):
         if not any(param.requires_grad and param.dtype != torch.float32 for param in model.parameters()):
             return []
         return [
-            f"optimizer={self.option_name} updates weights of 16 bits in place and keeps no fp32 master: updates below half "
-            "a unit in the last place are lost. optimizer=adamw optimizer.state_dtype=int8 keeps them for 2 bytes a parameter."
+            f"optimizer={self.option_name} updates weights of 16 bits in place and keeps no fp32 master: updates "
+            "below half "
+            "a unit in the last place are lost. optimizer=adamw optimizer.state_dtype=int8 keeps them for 2 bytes a "
+            "parameter."
         ]
 
 
@@ -187,15 +195,15 @@ class BitsAndBytesOptions(OptimizerOptions):
 class AdamW8bitOptions(BitsAndBytesOptions):
     """bitsandbytes' AdamW with block-wise 8-bit states."""
 
-    class_name = "AdamW8bit"
+    class_name: ClassVar[str] = "AdamW8bit"
 
 
 @option("optimizer", "paged_adamw")
 @dataclass(kw_only=True, slots=True)
 class PagedAdamWOptions(BitsAndBytesOptions):
-    """bitsandbytes' AdamW with fp32 states in managed memory, which the driver moves to the host where the GPU is full."""
+    """bitsandbytes' AdamW with fp32 states in managed memory, which moves to the host where the GPU is full."""
 
-    class_name = "PagedAdamW"
+    class_name: ClassVar[str] = "PagedAdamW"
 
 
 @option("optimizer", "paged_adamw_8bit")
@@ -203,7 +211,7 @@ class PagedAdamWOptions(BitsAndBytesOptions):
 class PagedAdamW8bitOptions(BitsAndBytesOptions):
     """bitsandbytes' AdamW with 8-bit states in managed memory."""
 
-    class_name = "PagedAdamW8bit"
+    class_name: ClassVar[str] = "PagedAdamW8bit"
 
 
 def schedule_names() -> list[str]:
@@ -230,8 +238,9 @@ def build_schedule(
 
         function = TYPE_TO_SCHEDULER_FUNCTION[SchedulerType(options.lr_scheduler_type)]
         own = {"optimizer", "num_warmup_steps", "num_training_steps", "self"}
-        accepted = [name for name in inspect.signature(function).parameters if name not in own]
+        accepted = [name for name in inspect.signature(function).parameters if name not in own]  # type: ignore[arg-type]
         raise UserError(
-            f"optimizer.lr_scheduler_kwargs={dict(options.lr_scheduler_kwargs)} does not suit optimizer.lr_scheduler_type="
+            f"optimizer.lr_scheduler_kwargs={dict(options.lr_scheduler_kwargs)} does not suit "
+            "optimizer.lr_scheduler_type="
             f"{options.lr_scheduler_type}, which takes {', '.join(accepted) or 'none'} ({error})."
         ) from error

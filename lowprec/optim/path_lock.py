@@ -25,7 +25,8 @@ class PathLock:
             except BlockingIOError:
                 os.close(self._descriptor)
                 raise UserError(
-                    f"state_store.path={path} is in use by {_holder(self._file)}: wait for that run, or choose another folder."
+                    f"state_store.path={path} is in use by {_holder(self._file)}: wait for that run, or choose "
+                    "another folder."
                 ) from None
             if self._is_current():
                 break

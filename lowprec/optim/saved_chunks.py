@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from lowprec.optim.disk import Disk
+from lowprec.optim.disk import Disk, bytes_of
 from lowprec.optim.layout import Chunk, gather, initialise, make_layout
 from lowprec.optim.ssd_files import Record, open_kept
 from lowprec.optim.states_io import Header
@@ -58,7 +58,7 @@ class SavedChunks:
             assert chunk.format.master != "fp32", "masters are written with the first checkpoint"
             initialise(chunk, self._buffer, ())
         else:
-            record.read(memoryview(self._buffer.numpy()), f"chunk {chunk.index} of a checkpoint")
+            record.read(bytes_of(self._buffer), f"chunk {chunk.index} of a checkpoint")
         return self._buffer
 
     def close(self) -> None:

@@ -49,7 +49,9 @@ class Version:
         self.chunks = 0
 
     @classmethod
-    def create(cls, disk: Disk, number: int, folders: Sequence[Path], nbytes: Sequence[int], direct: Sequence[bool]) -> "Version":
+    def create(
+        cls, disk: Disk, number: int, folders: Sequence[Path], nbytes: Sequence[int], direct: Sequence[bool]
+    ) -> "Version":
         paths = [folder / f"{PREFIX}{number:06d}-{stripe}.bin" for stripe, folder in enumerate(folders)]
         remedy = (
             "Free some space or choose another path. Each checkpoint on this disk takes as much again; "
@@ -87,7 +89,8 @@ class Record:
         found = checksum(buffer[: self.slot.length])
         if found != self.checksum:
             raise UserError(
-                f"{file.path} is damaged at byte {self.slot.offset} ({describe}): its checksum is {found:08x} and should "
+                f"{file.path} is damaged at byte {self.slot.offset} ({describe}): its checksum is {found:08x} and "
+                "should "
                 f"be {self.checksum:08x}. The disk returned other bytes than were written: check it, and resume from a "
                 "checkpoint."
             )
@@ -140,7 +143,7 @@ def _link_or_copy(disk: Disk, source: Path, target: Path) -> bool:
 
 
 def open_kept(disk: Disk, folder: Path, manifest: dict[str, Any]) -> list[Record | None]:
-    """The records that ``keep`` put into a checkpoint. Its files are opened to be read, with O_DIRECT where it works."""
+    """The records that ``keep`` put into a checkpoint, its files opened to be read, with O_DIRECT where it works."""
     version = Version([_open_file(disk, folder / name) for name in manifest["files"]], owned=False)
     return [
         None if entry is None else Record(version, Slot(entry[0], entry[1], entry[2]), entry[3])

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import UserError
-from lowprec.optim.disk import GIB, Disk, HostMemory, aligned, direct_refusal
+from lowprec.optim.disk import GIB, Disk, HostMemory, aligned, bytes_of, direct_refusal
 from lowprec.optim.layout import Chunk, initialise
 from lowprec.optim.path_lock import PathLock, leftovers
 from lowprec.optim.saved_chunks import SavedChunks, places
@@ -72,13 +72,15 @@ class SsdStore:
         self._direct = [refusal is None for refusal in refusals]
         for path, refusal in zip(self._paths, refusals, strict=True):
             if refusal is not None:
-                self.notes.append(f"state_store.path={path}: the page cache takes part in every transfer, because {refusal}.")
+                self.notes.append(
+                    f"state_store.path={path}: the page cache takes part in every transfer, because {refusal}."
+                )
         largest = max((slot.length for slot in self._slots), default=0)
         count = min(int(pinned_gib * GIB) // max(largest, 1), len(self.chunks) + MIN_BUFFERS)
         if count < MIN_BUFFERS:
             raise UserError(
-                f"state_store.pinned_gib={pinned_gib} holds {count} buffers of {largest / 2**20:.1f} MiB, and the store needs "
-                f"{MIN_BUFFERS}: set it to {MIN_BUFFERS * largest / GIB:.2f} at least."
+                f"state_store.pinned_gib={pinned_gib} holds {count} buffers of {largest / 2**20:.1f} MiB, and the "
+                f"store needs {MIN_BUFFERS}: set it to {MIN_BUFFERS * largest / GIB:.2f} at least."
             )
         self._next_number = 0
         self._spares: list[Version] = []
@@ -132,7 +134,7 @@ class SsdStore:
             pending_write.result()
         begin = time.perf_counter()
         record = self._records[chunk.index]
-        record.read(memoryview(buffer.numpy()), self.describe(chunk))
+        record.read(bytes_of(buffer), self.describe(chunk))
         with self._changed:
             self.traffic.bytes_read += record.slot.length
             self.traffic.read_s += time.perf_counter() - begin
@@ -206,7 +208,7 @@ class SsdStore:
                 after.synchronize()
             begin = time.perf_counter()
             slot = self._slots[chunk.index]
-            contents = memoryview(buffer.numpy())[: slot.length]
+            contents = bytes_of(buffer)[: slot.length]
             record = Record(version, slot, checksum(contents))
             version.files[slot.stripe].write(contents, slot.offset)
             with self._changed:
@@ -238,8 +240,8 @@ class SsdStore:
         if not isinstance(error, OSError):
             return error
         return UserError(
-            f"state_store.path={', '.join(map(str, self._paths))}: the disk failed ({error}). The run stops here; its last "
-            "checkpoint is intact: mend the disk or choose another state_store.path, and resume from it."
+            f"state_store.path={', '.join(map(str, self._paths))}: the disk failed ({error}). The run stops here; "
+            "its last checkpoint is intact: mend the disk or choose another state_store.path, and resume from it."
         )
 
     def _raise_error(self) -> None:
@@ -257,7 +259,7 @@ class SsdStore:
         if reading is not None:
             return self._result(reading)
         if chunk.index in self._records:
-            self._records[chunk.index].read(memoryview(self._peeked.numpy()), self.describe(chunk))
+            self._records[chunk.index].read(bytes_of(self._peeked), self.describe(chunk))
         else:
             initialise(chunk, self._peeked, self._params)
         return self._peeked

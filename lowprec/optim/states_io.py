@@ -22,7 +22,7 @@ SHARD_BYTES = 1 << 30
 
 @dataclass
 class Header:
-    """What ``optimizer.json`` holds: settings, the parameters with their step counts and formats, and where the states are.
+    """What ``optimizer.json`` holds: settings, the parameters with shapes, steps and formats, where the states are.
 
     ``shards`` maps ``<parameter>.<field>`` to a file; ``store`` is the manifest of a store that keeps files of its own.
     """
@@ -82,20 +82,21 @@ def read_header(folder: Path) -> Header:
         values = json.loads(path.read_text())
     except FileNotFoundError:
         raise UserError(
-            f"{folder} holds no complete optimizer states ({HEADER_FILE} is missing): resume from a checkpoint that does."
+            f"{folder} holds no complete optimizer states ({HEADER_FILE} is missing): resume from a checkpoint that "
+            "does."
         ) from None
     except json.JSONDecodeError as error:
         raise UserError(f"{path} is damaged ({error}): resume from another checkpoint.") from None
     if values.get("version") != VERSION:
         raise UserError(
-            f"{path} has version {values.get('version')}, but this lowprec reads version {VERSION}: resume with the lowprec "
-            "that wrote it."
+            f"{path} has version {values.get('version')}, but this lowprec reads version {VERSION}: resume with the "
+            "lowprec that wrote it."
         )
     return Header(**values)
 
 
 def write_shards(folder: Path, states: Iterable[tuple[str, dict[str, Tensor]]]) -> dict[str, str]:
-    """Write the fields of parameters to shards of about ``SHARD_BYTES``; returns ``<parameter>.<field>`` -> file name."""
+    """Write fields of parameters to shards of about ``SHARD_BYTES``; returns ``<parameter>.<field>`` -> file name."""
     files: dict[str, str] = {}
     shard: dict[str, Tensor] = {}
 
@@ -159,12 +160,13 @@ def check_parameters(folder: Path, header: Header, numels: dict[str, int], forma
     for name, numel in numels.items():
         if header.numel_of(name) != numel:
             raise UserError(
-                f"{folder}: parameter {name} was saved with {header.numel_of(name)} elements, but has {numel} now: resume "
-                "with the model of the saved run."
+                f"{folder}: parameter {name} was saved with {header.numel_of(name)} elements, but has {numel} now: "
+                "resume with the model of the saved run."
             )
         if header.format_of(name) != formats[name]:
             raise UserError(
-                f"{folder}: the states of {name} were saved as {header.format_of(name)}, but this run keeps {formats[name]}: "
+                f"{folder}: the states of {name} were saved as {header.format_of(name)}, but this run keeps "
+                f"{formats[name]}: "
                 "resume with the model.dtype, optimizer.state_dtype and optimizer.master of the saved run."
             )
 
@@ -176,7 +178,8 @@ def check_fields(name: str, numel: int, format: StateFormat, fields: dict[str, A
         if tensor is None or tensor.dtype != state.dtype or tensor.nbytes != state.nbytes(numel):
             given = "nothing" if tensor is None else f"{tensor.dtype} {tuple(tensor.shape)}"
             raise UserError(
-                f"The loaded states of {name} do not fit: {state.name} should be {state.dtype} for {numel} elements, got "
+                f"The loaded states of {name} do not fit: {state.name} should be {state.dtype} for {numel} "
+                "elements, got "
                 f"{given}. Load them with the state_dtype, master and weight dtype that they were saved with."
             )
 

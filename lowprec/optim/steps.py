@@ -1,4 +1,4 @@
-"""How many updates each parameter has had, counted on the device of the update, so that a skipped step needs no host."""
+"""How many updates each parameter has had, counted where it is updated, so that a skipped step needs no host."""
 
 from collections.abc import Iterable, Sequence
 

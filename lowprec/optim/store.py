@@ -13,7 +13,7 @@ from lowprec.optim.traffic import Traffic
 
 
 class StateStore(Protocol):
-    """Keeps the chunks of one optimizer. Every ``read`` is followed by a ``write`` of the same chunk before its next one.
+    """Keeps the chunks of one optimizer. Each ``read`` is followed by a ``write`` before the chunk's next ``read``.
 
     ``traffic`` is None where no disk takes part; ``notes`` are sentences for the user.
     ``resident``: the buffers of ``read`` stay valid together, so that all chunks may be updated at once.
@@ -21,8 +21,10 @@ class StateStore(Protocol):
 
     chunks: list[Chunk]
     resident: bool
-    traffic: Traffic | None
     notes: list[str]
+
+    @property
+    def traffic(self) -> Traffic | None: ...
 
     def prefetch(self, order: Sequence[Chunk]) -> None:
         """Announce the chunks that will be read next, in that order; a store that reads ahead begins now."""
@@ -56,5 +58,5 @@ class StateStore(Protocol):
         ...
 
     def restore(self, saved: SavedChunks) -> bool:
-        """Continue from the files of a checkpoint, which are only read; False where they are not cut as this store's."""
+        """Continue from the files of a checkpoint, which are only read; False where they are cut otherwise."""
         ...

@@ -52,7 +52,9 @@ def open_store(
     if state_store not in STATE_STORES:
         raise UserError(f"state_store={state_store!r} is unknown: choose one of {', '.join(STATE_STORES)}.")
     if (path is None) == (state_store == "ssd"):
-        remedy = "set state_store.path to a folder on the disk" if path is None else "remove state_store.path, or choose ssd"
+        remedy = (
+            "set state_store.path to a folder on the disk" if path is None else "remove state_store.path, or choose ssd"
+        )
         raise UserError(f"state_store={state_store} {'needs a path' if path is None else 'keeps no files'}: {remedy}.")
     numels = {i: params[i].numel() for i in formats}
     if state_store == "gpu":
@@ -63,7 +65,9 @@ def open_store(
         return MemoryStore(make_layout(numels, formats, None), params, beside)
     if len(set(devices.values())) > 1:
         places = ", ".join(sorted(map(str, set(devices.values()))))
-        raise UserError(f"state_store={state_store} streams to one device, but the weights are on {places}: choose gpu.")
+        raise UserError(
+            f"state_store={state_store} streams to one device, but the weights are on {places}: choose gpu."
+        )
     device = next(iter(devices.values()), torch.device("cpu"))
     paths = [] if path is None else [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
     tuned = read_tuned(paths[0]) if paths else {}

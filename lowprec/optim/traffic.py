@@ -19,7 +19,7 @@ class Traffic:
 
 
 def drive_facts(traffic: Traffic | None, steps: int, num_steps: int | None, drive_tbw: float | None) -> dict[str, Any]:
-    """The report's figures of a disk: GB moved, seconds not hidden, and the share of an endurance of ``drive_tbw`` TB."""
+    """The report's figures of a disk: GB moved, seconds not hidden, the share of an endurance of ``drive_tbw`` TB."""
     if traffic is None:
         return {}
     written_tb = traffic.bytes_written / 1e12

@@ -1,7 +1,8 @@
 """Apply AdamW to slices of parameters, by the fastest way that their format and device allow.
 
-fp32 weights with fp32 moments: torch's fused AdamW, in place. Other formats: the Triton kernel on CUDA; elsewhere decode,
-torch's fused AdamW on fp32 copies, encode. The result of an element does not depend on the slice it is updated in,
+fp32 weights with fp32 moments: torch's fused AdamW, in place. Other formats: the Triton kernel on CUDA; elsewhere
+decode, torch's fused AdamW on fp32 copies, encode. The result of an element does not depend on the slice it is
+updated in,
 as long as slices begin at multiples of BLOCK: torch's CPU kernel rounds the last elements of an array, which do not
 fill a vector, differently (5,000 random elements cut at 1,001: 4 of them off by an ulp; cut at 1,024: none).
 """
@@ -154,7 +155,9 @@ def _update_decoded(piece: Slice, start: int, stop: int, found_inf: Tensor | Non
         for name, array in piece.states.items()
     }
     step = piece.steps.counts[piece.index]
-    p, m, v, v_max = (None if x is None else x.clone() for x in reference.decode(param, states))
+    decoded = reference.decode(param, states)
+    p, m, v = (x.clone() for x in decoded[:3])
+    v_max = None if decoded[3] is None else decoded[3].clone()
     grad = piece.grad[start:stop].float()
     _fused(piece.steps.hyper, [p], [grad], [m], [v], [] if v_max is None else [v_max], [step], found_inf)
     dtypes = {"param": param.dtype} | {name: array.dtype for name, array in states.items()}

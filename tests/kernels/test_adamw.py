@@ -34,7 +34,20 @@ def test_update_is_torchs_in_fp64(amsgrad, maximize):
     torch.testing.assert_close(ours, theirs.detach(), rtol=1e-12, atol=1e-14)
 
 
-SPECIAL_BITS = [0, 1, 0x7FFF, 0x8000, 0x8001, 0x18000, 0x3F808000, 0x3F818000, 0x3FFFFFFF, 0x007FFFFF, 0x00008000, 0x7F7FFFFF]
+SPECIAL_BITS = [
+    0,
+    1,
+    0x7FFF,
+    0x8000,
+    0x8001,
+    0x18000,
+    0x3F808000,
+    0x3F818000,
+    0x3FFFFFFF,
+    0x007FFFFF,
+    0x00008000,
+    0x7F7FFFFF,
+]
 
 
 @settings(max_examples=300, deadline=None)
@@ -45,7 +58,9 @@ def test_split_master_is_exact_and_its_weight_nearest(bits):
     master = torch.tensor(signed, dtype=torch.int32).view(torch.float32)
     weight, residual = reference.split_master(master)
     number = ~master.isnan()
-    assert torch.equal(reference.join_master(weight, residual)[number].view(torch.int32), master[number].view(torch.int32))
+    assert torch.equal(
+        reference.join_master(weight, residual)[number].view(torch.int32), master[number].view(torch.int32)
+    )
     assert weight[~number].isnan().all()
     cast = master.to(torch.bfloat16)
     tie = (master.view(torch.int32) & 0xFFFF) == 0x8000
@@ -58,7 +73,9 @@ def test_split_master_is_exact_and_its_weight_nearest(bits):
 
 def test_stochastic_bf16_is_one_of_the_neighbours_and_unbiased():
     x = torch.cat([torch.randn(64) * 10.0**e for e in range(-6, 6)])
-    draws = torch.stack([reference.round_to_bf16(x, (torch.arange(len(x)) * 7919 + k * 509) % 65536) for k in range(4096)])
+    draws = torch.stack(
+        [reference.round_to_bf16(x, (torch.arange(len(x)) * 7919 + k * 509) % 65536) for k in range(4096)]
+    )
     low = (x.view(torch.int32) & -65536).view(torch.float32)
     assert ((draws.float() - low).abs() <= (low * 2**-7).abs()).all()
     error = (draws.double().mean(0) - x.double()) / (x.abs() * 2**-7)
@@ -155,4 +172,6 @@ def test_kernel_agrees_with_the_reference(weight_dtype, master, moments, amsgrad
             else:
                 weights = name in ("param", "master")  # whose error is one of their update, of 1e-3 and more
                 bound = 3e-6 * (tensor.abs() + ((tensor - p).abs() if weights else 0)) + (3e-9 if weights else 0)
-                assert ((found[name] - tensor).abs() <= bound).all(), f"{name} is off by {(found[name] - tensor).abs().max()}"
+                assert ((found[name] - tensor).abs() <= bound).all(), (
+                    f"{name} is off by {(found[name] - tensor).abs().max()}"
+                )

@@ -8,7 +8,14 @@ from lowprec.errors import UserError
 from lowprec.optim import AdamW
 from tests.optim.training import backward, make_model, run, same, train
 
-FORMATS = [("fp32", "split"), ("fp32", "fp32"), ("fp32", "none"), ("bf16", "split"), ("int8", "split"), ("int8", "none")]
+FORMATS = [
+    ("fp32", "split"),
+    ("fp32", "fp32"),
+    ("fp32", "none"),
+    ("bf16", "split"),
+    ("int8", "split"),
+    ("int8", "none"),
+]
 
 
 def stores(tmp_path):
@@ -30,7 +37,8 @@ def test_fp32_is_torchs_fused_adamw_bit_for_bit(variant):
 
 @pytest.mark.parametrize(
     ("dtype", "state_dtype", "master"),
-    [(torch.float32, "fp32", "none"), (torch.float32, "int8", "none")] + [(torch.bfloat16, *format) for format in FORMATS],
+    [(torch.float32, "fp32", "none"), (torch.float32, "int8", "none")]
+    + [(torch.bfloat16, *format) for format in FORMATS],
 )
 def test_every_store_gives_the_same_bits_after_50_steps(tmp_path, dtype, state_dtype, master):
     format = {"state_dtype": state_dtype, "master": master}
@@ -58,7 +66,9 @@ def test_split_master_is_fp32_adamw_over_100_steps():
     assert torch.equal(weight[~tie], master[~tie].bfloat16())
 
 
-@pytest.mark.parametrize(("state_dtype", "master", "bound"), [("bf16", "split", 0.02), ("int8", "split", 0.02), ("int8", "none", 0.05)])
+@pytest.mark.parametrize(
+    ("state_dtype", "master", "bound"), [("bf16", "split", 0.02), ("int8", "split", 0.02), ("int8", "none", 0.05)]
+)
 def test_compressed_states_reach_the_loss_of_fp32(state_dtype, master, bound):
     """A regression to convergence: final loss within ``bound`` of fp32's, relative to where both began."""
 
@@ -151,7 +161,10 @@ def test_it_is_an_optimizer():
         {"params": list(model[2].named_parameters("2")), "weight_decay": 0.0},
     ]
     optimizer = AdamW(groups, lr=1e-2)
-    torch_groups = [{"params": list(model[0].parameters()), "lr": 1e-3}, {"params": list(model[2].parameters()), "weight_decay": 0.0}]
+    torch_groups = [
+        {"params": list(model[0].parameters()), "lr": 1e-3},
+        {"params": list(model[2].parameters()), "weight_decay": 0.0},
+    ]
     assert isinstance(optimizer, torch.optim.Optimizer)
     assert optimizer.names == ["0.weight", "0.bias", "2.weight", "2.bias"]
     schedule = torch.optim.lr_scheduler.CosineAnnealingLR(optimizer, 5)

@@ -1,4 +1,4 @@
-"""SIGKILL at random moments, within a step's write-back or a checkpoint too: the run ends with the undisturbed run's bits."""
+"""SIGKILL at random moments, in a write-back or a checkpoint too: the run ends with the undisturbed run's bits."""
 
 import json
 import os

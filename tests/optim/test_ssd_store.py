@@ -92,7 +92,10 @@ def test_a_flipped_bit_names_file_chunk_and_parameter(tmp_path):
     disk = FaultyDisk("read", "flip")
     model, optimizer = start(tmp_path / "states", disk=disk)
     disk.good_calls = 0
-    with pytest.raises(UserError, match=r"lowprec-states-000001-0\.bin is damaged at byte \d+ \(chunk \d+, states of [\d.]+(weight|bias)"):
+    with pytest.raises(
+        UserError,
+        match=r"lowprec-states-000001-0\.bin is damaged at byte \d+ \(chunk \d+, states of [\d.]+(weight|bias)",
+    ):
         train(model, optimizer, 10, start=4)
     optimizer.close()
 
@@ -213,7 +216,8 @@ def test_a_path_serves_one_run_and_names_it(tmp_path):
 
 def test_leftovers_of_a_killed_run_are_in_nobodys_way_and_can_be_cleaned(tmp_path):
     code = (
-        "import sys, time; from tests.optim.test_ssd_store import start; from pathlib import Path; p = Path(sys.argv[1]);"
+        "import sys, time; from tests.optim.test_ssd_store import start; from pathlib import Path; p = "
+        "Path(sys.argv[1]);"
         "_, o = start(p / 'states'); o.save_states(p / 'checkpoint'); start; (p / 'ready').touch(); time.sleep(60)"
     )
     child = subprocess.Popen([sys.executable, "-c", code, str(tmp_path)], cwd=Path(__file__).parents[2])
@@ -275,7 +279,9 @@ def test_statistics_count_what_the_kernel_counts(tmp_path):
     facts = optimizer.statistics(num_steps=10)
     assert abs(read - facts["read_gb"] * 1e9) < 0.05 * read + 2**20
     assert abs(written - facts["written_gb"] * 1e9) < 0.05 * written + 2**20
-    assert facts["bytes_per_parameter"] == 10 and facts["projected_written_gb"] == pytest.approx(2 * facts["written_gb"])
+    assert facts["bytes_per_parameter"] == 10 and facts["projected_written_gb"] == pytest.approx(
+        2 * facts["written_gb"]
+    )
     assert facts["projected_drive_share"] == pytest.approx(facts["projected_written_gb"] / 600e3)
     json.dumps(facts)
     optimizer.close()

@@ -12,7 +12,13 @@ _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def make_states(
-    numel: int, weight_dtype: torch.dtype, master: str, moments: str, amsgrad: bool, device: str, generator: torch.Generator
+    numel: int,
+    weight_dtype: torch.dtype,
+    master: str,
+    moments: str,
+    amsgrad: bool,
+    device: str,
+    generator: torch.Generator,
 ) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
     """A random ``(param, grad, states)`` as in the middle of a training run; gradients span six decades."""
 

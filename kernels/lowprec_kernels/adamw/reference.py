@@ -4,7 +4,7 @@ The update is one pure function in the dtype of its arguments (fp32 in training,
 
     m <- b1 m + (1 - b1) g
     v <- b2 v + (1 - b2) g^2
-    p <- (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)          Loshchilov & Hutter, arXiv 1711.05101
+    p <- p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)     (Loshchilov & Hutter, arXiv 1711.05101)
 
 Formats of one element, by field name:
 
@@ -51,7 +51,7 @@ def adamw(
     ``step`` counts from 1. With ``v_max`` (amsgrad, Reddi et al. 2018) the running maximum of v takes v's place.
     """
     g = -g if maximize else g
-    p = p * (1 - lr * weight_decay)
+    p = p - (lr * weight_decay) * p  # not (1 - lr wd) p: the rounding of that factor would add up over the steps
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     v_max = None if v_max is None else torch.maximum(v_max, v)
@@ -146,10 +146,7 @@ def decode8(codes: Tensor, scale: Tensor, signed: bool) -> Tensor:
 
 def decode(param: Tensor, states: dict[str, Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor | None]:
     """The fp32 ``(p, m, v, v_max)`` of a flat slice of a parameter and its states; fp32 fields are not copied."""
-    if "residual" in states:
-        p = join_master(param, states["residual"])
-    else:
-        p = states.get("master", param).float()
+    p = join_master(param, states["residual"]) if "residual" in states else states.get("master", param).float()
 
     def moment(name: str) -> Tensor | None:
         if name not in states:

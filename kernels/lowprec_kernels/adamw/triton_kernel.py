@@ -1,8 +1,8 @@
 """One pass over weights, gradients and states: decode, AdamW, encode (the formats are reference.py's).
 
-A program takes one block of 256 elements, whose scale it finds by one reduction. On an H100 (copy: 3.0 TB/s), 268 M bf16
-weights with a split master took 2.40 ms with fp32 moments (2.9 TB/s) and 1.81 ms with 8-bit ones (2.1 TB/s); with four
-blocks a program and four warps 3.43 and 2.80 ms. Rounded division and roots in the 8-bit codes cost 4.1 ms.
+A program takes one block of 256 elements, whose scale it finds by one reduction. On an H100 (copy: 3.0 TB/s), 268 M
+bf16 weights with a split master took 2.40 ms with fp32 moments (2.9 TB/s) and 1.81 ms with 8-bit ones (2.1 TB/s);
+with four blocks a program and four warps 3.43 and 2.80 ms. Rounded division and roots in the 8-bit codes cost 4.1 ms.
 """
 
 import torch
@@ -52,9 +52,7 @@ def _load_moment(ptr, scale_ptr, offsets, mask, block, KIND: tl.constexpr, SIGNE
 
 
 @triton.jit
-def _store_moment(
-    ptr, scale_ptr, x, random16, offsets, mask, block, KIND: tl.constexpr, SIGNED: tl.constexpr
-):
+def _store_moment(ptr, scale_ptr, x, random16, offsets, mask, block, KIND: tl.constexpr, SIGNED: tl.constexpr):
     if KIND == 2:
         levels = 127.0 if SIGNED else 255.0
         magnitude = tl.where(mask, tl.abs(x), 0.0)
@@ -110,7 +108,7 @@ def _adamw_kernel(
     m = _load_moment(m_ptr, m_scale_ptr, offsets, mask, block, MOMENTS, True)
     v = _load_moment(v_ptr, v_scale_ptr, offsets, mask, block, MOMENTS, False)
 
-    p = p * (1 - lr * weight_decay)
+    p = p - (lr * weight_decay) * p  # not (1 - lr wd) p: the rounding of that factor would add up over the steps
     m = beta1 * m + one_minus_beta1 * g
     v = beta2 * v + one_minus_beta2 * g * g
     v_used = v
