@@ -195,12 +195,20 @@ class SsdStore:
         with self._changed:
             self._raise_error()
             assert self._held.pop(chunk.index) is buffer, "a chunk is updated in the buffer that read gave"
-            if self._live is None:
-                self._live = self._new_version()
-            if self._reserve:  # the first write of a run that goes on from no checkpoint
-                reserve, self._reserve = self._reserve, 0
-                self._spares = [self._new_version() for _ in range(reserve)]
+            try:
+                self._make_room()
+            except BaseException as error:
+                self._error = error  # the step is torn
+                raise
+            assert self._live is not None
             self._writing[chunk.index] = self._writers.submit(self._store, chunk, buffer, after, self._live)
+
+    def _make_room(self) -> None:
+        """The version to write to; in the first write of a run that resumes no checkpoint, the reserved ones too."""
+        if self._live is None:
+            self._live = self._new_version()
+        reserve, self._reserve = self._reserve, 0
+        self._spares += [self._new_version() for _ in range(reserve)]
 
     def _store(self, chunk: Chunk, buffer: Tensor, after: "torch.cuda.Event | None", version: Version) -> None:
         try:
@@ -297,6 +305,9 @@ class SsdStore:
             lock.release()
 
     def snapshot(self, folder: Path) -> dict[str, Any]:
+        for chunk in self.chunks:
+            if chunk.index not in self._records and chunk.format.master == "fp32":
+                self.write(chunk, self.read(chunk))  # a master that no step has touched, and which is not zeros
         self.flush()
         manifest, linked = keep(self._disk, [self._records.get(chunk.index) for chunk in self.chunks], folder)
         if linked:

@@ -78,9 +78,14 @@ class Slice:
 def update(slices: Sequence[Slice], found_inf: Tensor | None) -> None:
     """Update the slices in place. Where ``found_inf`` (fp32, one element, or None) is not zero, nothing changes."""
     plain: dict[tuple, list[Slice]] = {}
+    flags: dict[torch.device, Tensor | None] = {}
     for piece in slices:
+        device = piece.param.device
+        if device not in flags:
+            flags[device] = None if found_inf is None else found_inf.to(device)
+        found_inf = flags[device]
         if piece.is_plain:
-            plain.setdefault((id(piece.steps), piece.param.device), []).append(piece)
+            plain.setdefault((id(piece.steps), device), []).append(piece)
         elif piece.param.is_cuda:
             from lowprec_kernels.adamw import triton_kernel  # imported where it runs: lowprec itself needs no Triton
 
@@ -105,7 +110,7 @@ def update(slices: Sequence[Slice], found_inf: Tensor | None) -> None:
         else:
             for start in range(0, piece.param.numel(), SLICE):
                 _update_decoded(piece, start, min(start + SLICE, piece.param.numel()), found_inf)
-    for group in plain.values():
+    for (_, device), group in plain.items():
         _fused(
             group[0].steps.hyper,
             [piece.param for piece in group],
@@ -114,7 +119,7 @@ def update(slices: Sequence[Slice], found_inf: Tensor | None) -> None:
             [piece.states["exp_avg_sq"] for piece in group],
             [piece.states["max_exp_avg_sq"] for piece in group if "max_exp_avg_sq" in piece.states],
             [piece.steps.counts[piece.index] for piece in group],
-            found_inf,
+            flags[device],
         )
 
 

@@ -1,0 +1,116 @@
+"""What only a CUDA device can show: streams, pinned memory, the kernel in the optimizer, no host sync."""
+
+import pytest
+import torch
+from lowprec_kernels.adamw.reference import join_master
+
+from lowprec.optim import AdamW
+from tests.optim.training import backward, make_model, same, train
+
+pytestmark = pytest.mark.gpu
+FORMATS = [("fp32", "split"), ("fp32", "none"), ("bf16", "split"), ("int8", "split"), ("int8", "fp32")]
+
+
+def stores(tmp_path):
+    small = {"chunk_bytes": 30_000}
+    return [
+        {"state_store": "cpu", **small},
+        {"state_store": "ssd", "path": tmp_path / "states", "pinned_gib": 0.001, **small},
+    ]
+
+
+def run(stop, dtype, in_backward=False, **options):
+    model = make_model(dtype).cuda()
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, **options)
+    if in_backward:
+        optimizer.update_in_backward()
+    weights = train(model, optimizer, stop)
+    optimizer.close()
+    return weights
+
+
+@pytest.mark.parametrize(("state_dtype", "master"), FORMATS)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_every_store_gives_the_same_bits_after_50_steps(tmp_path, dtype, state_dtype, master):
+    format = {"state_dtype": state_dtype, "master": master}
+    expected = run(50, dtype, **format)
+    for store in stores(tmp_path):
+        assert same(run(50, dtype, **format, **store), expected), store
+        assert same(run(50, dtype, in_backward=True, **format, **store), expected), store
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
+def test_a_run_resumes_bit_identical_in_every_store(tmp_path, state_dtype):
+    expected = run(12, torch.bfloat16, state_dtype=state_dtype)
+    for number, store in enumerate([{}, *stores(tmp_path)]):
+        model = make_model(torch.bfloat16).cuda()
+        optimizer = AdamW(model.named_parameters(), lr=1e-2, state_dtype=state_dtype, **store)
+        train(model, optimizer, 6)
+        optimizer.save_states(tmp_path / str(number))
+        optimizer.close()
+        again = AdamW(model.named_parameters(), state_dtype=state_dtype, **store)
+        again.load_states(tmp_path / str(number))
+        assert same(train(model, again, 12, start=6), expected), store
+        again.close()
+
+
+def test_the_gpu_store_never_waits_for_the_device():
+    model = make_model(torch.bfloat16).cuda()
+    optimizer = AdamW(model.named_parameters())
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    backward(model, 0)
+    optimizer.step()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        for _ in range(3):
+            optimizer.step()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
+def test_found_inf_skips_the_step_on_the_device(tmp_path, state_dtype):
+    for store in [{}, *stores(tmp_path)]:
+        model = make_model(torch.bfloat16).cuda()
+        optimizer = AdamW(model.named_parameters(), lr=1e-2, state_dtype=state_dtype, **store)
+        before = train(model, optimizer, 3)
+        states = {i: {k: v.clone() for k, v in f.items()} for i, f in optimizer.state_dict()["state"].items()}
+        optimizer.found_inf = torch.ones(1, device="cuda")
+        assert same(train(model, optimizer, 4, start=3), before)
+        for i, fields in optimizer.state_dict()["state"].items():
+            assert all(torch.equal(value, states[i][key]) for key, value in fields.items()), store
+        optimizer.close()
+
+
+def test_split_master_is_fp32_adamw_over_100_steps():
+    generator = torch.Generator("cuda").manual_seed(0)
+    start = (torch.randn(100_000, generator=generator, device="cuda") * 0.05).bfloat16()
+    exact, weight = torch.nn.Parameter(start.float()), torch.nn.Parameter(start.clone())
+    reference, optimizer = torch.optim.AdamW([exact], lr=1e-3), AdamW([weight], lr=1e-3)
+    for _ in range(100):
+        weight.grad = (torch.randn(100_000, generator=generator, device="cuda") * 1e-3).bfloat16()
+        exact.grad = weight.grad.float()
+        reference.step()
+        optimizer.step()
+    master = join_master(weight.detach(), optimizer.state[weight]["residual"])
+    assert (master - exact).norm() / exact.norm() < 1e-6
+
+
+def test_an_update_on_the_cpu_brings_the_weights_back(tmp_path):
+    expected = run(5, torch.bfloat16)
+    for store in stores(tmp_path):
+        found = run(5, torch.bfloat16, update_on="cpu", **store)
+        for mine, theirs in zip(found, expected, strict=True):
+            torch.testing.assert_close(mine, theirs, rtol=2**-7, atol=1e-3)
+
+
+def test_device_memory_is_that_of_a_few_chunks(tmp_path):
+    weight = torch.nn.Parameter(torch.zeros(20_000_000, dtype=torch.bfloat16, device="cuda"))  # 200 MB of states
+    optimizer = AdamW([("w", weight)], state_store="ssd", path=tmp_path, chunk_bytes=1 << 20, pinned_gib=0.02)
+    weight.grad = torch.ones_like(weight)
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    for _ in range(3):
+        optimizer.step()
+    assert torch.cuda.max_memory_allocated() - before < 16 << 20
+    optimizer.close()
