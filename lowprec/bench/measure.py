@@ -50,7 +50,8 @@ def machine() -> dict[str, str]:
     """GPU and versions."""
     import triton
 
-    return {"gpu": torch.cuda.get_device_name(), "torch": torch.__version__, "triton": triton.__version__}
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: references on the CPU"
+    return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
 
 
 def milliseconds(run: Callable[[], object], repeat_ms: int = 60) -> float:

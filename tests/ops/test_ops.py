@@ -1,0 +1,97 @@
+"""Every op: the fake agrees with the real one, a backend that cannot run says why, and the kernels agree on a GPU."""
+
+import subprocess
+import sys
+
+import pytest
+import torch
+from lowprec_kernels.quantize_rows import cases as cast_cases
+from lowprec_kernels.quantize_rows.reference import FP8, dequantize
+from lowprec_kernels.scaled_matmul import cases as product_cases
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from lowprec import ops
+from lowprec.testing import sqnr_db
+
+MODULES = {
+    name: sys.modules[f"lowprec.ops.{name}"]
+    for name in ("quantize_columns", "quantize_rows", "rotate", "scaled_matmul", "transpose_codes")
+}
+
+
+def calls(device: str = "cpu"):
+    """Each op with arguments."""
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    for dtype in (FP8, torch.int8):
+        codes, scale = ops.quantize_rows(x, 1, dtype)
+        yield ops.quantize_rows, (x, 16, dtype)
+        yield ops.quantize_rows, (x, 1, dtype, True, scale)
+        yield ops.quantize_columns, (x, 32, dtype)
+        yield ops.quantize_columns, (x, 1, dtype)
+        yield ops.requantize_columns, (codes, scale, 16, 32, torch.ones(64, device=device))
+        yield ops.transpose_codes, (codes,)
+        yield ops.scaled_matmul, (codes, scale, codes, scale, None, torch.bfloat16)
+        yield ops.scaled_matmul, (codes, scale, codes, scale, scale, torch.float32, True)
+    yield ops.transpose_codes, (ops.quantize_rows(x, 1, FP8)[0], torch.ones(40, device=device))
+    yield ops.rotate, (x, 16)
+    yield ops.rotate, (x, 8, 0)
+
+
+@pytest.mark.parametrize("op,arguments", calls(), ids=str)
+def test_fake_has_the_shapes_and_dtypes_of_the_real_op(op, arguments):
+    real = op(*arguments)
+    with FakeTensorMode() as mode:
+        fake = op(*(mode.from_tensor(a) if isinstance(a, torch.Tensor) else a for a in arguments))
+    for a, b in zip(*((t if isinstance(t, tuple) else (t,)) for t in (real, fake)), strict=True):
+        assert a.shape == b.shape and a.dtype == b.dtype and a.device == b.device
+
+
+def test_rotation_has_its_transpose_as_gradient():
+    x = torch.randn(4, 32, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: ops.rotate(t, 16), (x,))
+    x = torch.randn(32, 4, dtype=torch.float64, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda t: ops.rotate(t, 16, 0), (x,))
+
+
+def test_backends_say_why_they_cannot_run():
+    codes, scale = ops.quantize_rows(torch.randn(16, 16), 1, torch.int8)
+    reasons = [
+        b.why_not(codes, scale, codes, scale, None, torch.bfloat16, True) for b in MODULES["scaled_matmul"].BACKENDS
+    ]
+    assert reasons[-1] is None and all(reasons[:-1]) and "CUDA" in reasons[0] and "fp8 only" in reasons[1]
+    assert "block of 512" in MODULES["quantize_rows"].BACKENDS[0].why_not(torch.randn(2, 512), 512, FP8, False, None)
+    for module in MODULES.values():
+        assert module.BACKENDS[-1].name == "reference"
+
+
+def test_importing_loads_no_kernel():
+    code = "import sys, lowprec.ops; assert not [m for m in sys.modules if m.endswith('triton_kernel')]"
+    subprocess.run([sys.executable, "-c", code], check=True, timeout=120)
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", cast_cases.SMALL, ids=str)
+@pytest.mark.parametrize("dtype", [FP8, torch.int8], ids=str)
+def test_casts_on_the_gpu(case, dtype):
+    x = torch.randn(case.rows, case.dim, device="cuda").bfloat16()
+    found, expected = ops.quantize_rows(x, case.block, dtype), ops.quantize_rows(x.cpu(), case.block, dtype)
+    exact = ops.rotate(x.double().cpu(), case.block) if case.block > 1 else x.double().cpu()
+    fast = sqnr_db(exact, dequantize(found[0].cpu(), found[1].cpu()))
+    assert fast > sqnr_db(exact, dequantize(*expected)) - 3
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("case", product_cases.SMALL, ids=str)
+@pytest.mark.parametrize("dtype", [FP8, torch.int8], ids=str)
+@pytest.mark.parametrize("fast", [False, True])
+def test_products_on_the_gpu(case, dtype, fast):
+    a = ops.quantize_rows(torch.randn(case.m, case.k, device="cuda"), 1, dtype)
+    b = ops.quantize_rows(torch.randn(case.n, case.k, device="cuda"), 1, dtype)
+    exact = dequantize(a[0], a[1].double()) @ dequantize(b[0], b[1].double()).t()
+    ran = 0
+    for backend in MODULES["scaled_matmul"].BACKENDS:
+        arguments = (*a, *b, None, torch.bfloat16, fast)
+        if backend.why_not(*arguments) is None:
+            assert sqnr_db(exact, backend.run(*arguments)) > 45, backend.name
+            ran += 1
+    assert ran >= 2
