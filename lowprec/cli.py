@@ -58,6 +58,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if rest:
         options.overrides += rest
     # Read by PyTorch when CUDA starts: without it, lengths that change from batch to batch fragment the memory.
+    if not sys.stderr.isatty():
+        os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would fill a log file
     os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
     try:
         return options.run(options)

@@ -9,6 +9,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 
+from lowprec.attention import attend_without_masks
 from lowprec.checkpoint import atomic_folder, prune
 from lowprec.config import Recipe
 from lowprec.data import StepBatch, StepLoader, fit_to_model, prepare_data
@@ -134,6 +135,8 @@ class Run:
             self.data = prepare_data(recipe.data, self.tokenizer, on_progress=reading.update)
         self.console.print(self.data.summary)
         self.model = load_model(recipe.model)
+        if not recipe.data.packing:  # packed rows are cut by masks
+            attend_without_masks(self.model)
         layers = wrap(self.model, recipe.weights, frozen=recipe.choice("adapter") != "none", device=device)
         self.console.print(layers if layers.converted else layers.summary(), highlight=False)
         self.model = recipe.adapter.attach(self.model)

@@ -2,15 +2,15 @@
 
 import pytest
 import torch
-from accelerate import Accelerator
+from rich.console import Console
 
 from lowprec.config import resolve
-from lowprec.data import StepLoader, prepare_data
-from lowprec.model import load_model, load_tokenizer
 from lowprec.run_folder import read_metrics, read_report
 from lowprec.testing import save_tiny
+from lowprec.train.interrupt import StopRequest
+from lowprec.train.launch import claim_run_folder, start_accelerator
+from lowprec.train.loop import Run
 from lowprec.train.out_of_memory import OutOfMemoryError
-from lowprec.train.step import TrainStep
 from tests.train.conftest import run
 from tests.train.test_resume import settled
 
@@ -43,35 +43,23 @@ def test_trains_and_resumes_bit_identically(kind, arguments, tmp_path):
 
 
 @pytest.mark.parametrize("recipe", ["full", "lora", "qlora_nf4"])
-def test_a_step_never_waits_for_the_device(recipe, arguments):
-    resolved, _ = resolve(recipe, [a for a in arguments("model.dtype=bf16") if not a.startswith("model.dtype=fp32")])
-    accelerator = Accelerator(mixed_precision="bf16")
-    tokenizer = load_tokenizer(resolved.model)
-    model = load_model(resolved.model)
-    from lowprec.optim.options import build_schedule
-    from lowprec.prepare import wrap
-
-    wrap(model, resolved.weights, frozen=recipe != "full", device="cuda")
-    model = resolved.adapter.attach(model).to("cuda").train()
-    model.config.use_cache = False
-    optimizer = resolved.optimizer.build(model, resolved.state_store)
-    schedule = build_schedule(optimizer, resolved.optimizer, 100)
-    step = TrainStep(
-        accelerator.prepare_model(model), accelerator.prepare_optimizer(optimizer), schedule, accelerator, 1.0
-    )
-    data = prepare_data(resolved.data, tokenizer)
-    loader = StepLoader(data, per_device_batch_size=2, gradient_accumulation_steps=2, rank=0, world_size=1, seed=1,
-                        pad_token_id=tokenizer.pad_token_id, device="cuda")  # fmt: skip
-    batches = [batch for batch, _ in zip(loader, range(5), strict=False)]
+def test_a_step_never_waits_for_the_device(recipe, arguments, tmp_path):
+    resolved, _ = resolve(recipe, [a for a in arguments("model.dtype=bf16") if a != "model.dtype=fp32"])
+    accelerator, _ = start_accelerator(resolved)
+    folder = claim_run_folder(resolved, accelerator)
+    assert folder is not None
+    built = Run(resolved, folder, accelerator, Console(quiet=True), StopRequest())
+    built._build()
+    batches = [batch for batch, _ in zip(built.loader, range(6), strict=False)]
     for batch in batches[:3]:
-        step(batch, stop=False).read()
+        built.step(batch, stop=False).read()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        scalars = [step(batch, stop=False) for batch in batches[3:]]
+        scalars = [built.step(batch, stop=False) for batch in batches[3:]]
     finally:
         torch.cuda.set_sync_debug_mode("default")
-    assert all(not bad for _, _, bad, _ in (s.read() for s in scalars))
+    assert not any(bad for _, _, bad, _ in (s.read() for s in scalars))
 
 
 def test_running_out_of_memory_says_what_held_it_and_what_to_change(arguments, tmp_path):
