@@ -175,3 +175,39 @@ def test_kernel_agrees_with_the_reference(weight_dtype, master, moments, amsgrad
                 assert ((found[name] - tensor).abs() <= bound).all(), (
                     f"{name} is off by {(found[name] - tensor).abs().max()}"
                 )
+
+
+@pytest.mark.parametrize("lr_is_tensor", [False, True])
+def test_kernel_with_a_split_master_is_torchs_adamw_over_100_steps(lr_is_tensor):
+    """Fed the same gradients. Measured: 8e-8 of the weights' norm."""
+    pytest.importorskip("triton")
+    from lowprec_kernels.adamw import triton_kernel
+
+    generator, numel = torch.Generator().manual_seed(0), 512
+    start = (torch.randn(numel, generator=generator) * 0.05).bfloat16()
+    exact = torch.nn.Parameter(start.float().to(DEVICE))
+    optimizer = torch.optim.AdamW([exact], lr=HYPER["lr"])
+    weight = start.clone().to(DEVICE)
+    states = {"residual": torch.zeros(numel, dtype=torch.int16, device=DEVICE)}
+    states |= {name: torch.zeros(numel, device=DEVICE) for name in ("exp_avg", "exp_avg_sq")}
+    arguments = HYPER | ({"lr": torch.tensor(HYPER["lr"], device=DEVICE)} if lr_is_tensor else {})
+    for count in range(1, 101):
+        grad = (torch.randn(numel, generator=generator) * 1e-3).bfloat16().to(DEVICE)
+        exact.grad = grad.float()
+        optimizer.step()
+        corrections = [torch.tensor(c, device=DEVICE) for c in (1 - 0.9**count, (1 - 0.999**count) ** 0.5)]
+        step = torch.tensor(float(count), device=DEVICE)
+        triton_kernel.run(
+            weight,
+            grad,
+            states,
+            step=step,
+            corrections=corrections,
+            start=0,
+            key=1,
+            maximize=False,
+            found_inf=None,
+            **arguments,
+        )
+    master = reference.join_master(weight, states["residual"])
+    assert (master - exact).norm() / exact.norm() < 1e-6

@@ -4,7 +4,7 @@ The update is one pure function in the dtype of its arguments (fp32 in training,
 
     m <- b1 m + (1 - b1) g
     v <- b2 v + (1 - b2) g^2
-    p <- p - lr wd p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)     (Loshchilov & Hutter, arXiv 1711.05101)
+    p <- (1 - lr wd) p - lr (m / (1 - b1^t)) / (sqrt(v / (1 - b2^t)) + eps)   (Loshchilov & Hutter, arXiv 1711.05101)
 
 Formats of one element, by field name:
 
@@ -51,7 +51,7 @@ def adamw(
     ``step`` counts from 1. With ``v_max`` (amsgrad, Reddi et al. 2018) the running maximum of v takes v's place.
     """
     g = -g if maximize else g
-    p = p - (lr * weight_decay) * p  # not (1 - lr wd) p: the rounding of that factor would add up over the steps
+    p = p * (1 - lr * weight_decay)
     m = beta1 * m + (1 - beta1) * g
     v = beta2 * v + (1 - beta2) * g * g
     v_max = None if v_max is None else torch.maximum(v_max, v)
