@@ -4,6 +4,7 @@ import difflib
 import warnings
 from collections.abc import Iterator, Mapping
 from fnmatch import fnmatchcase
+from typing import cast
 
 import torch
 from hydra.core.config_store import ConfigStore
@@ -14,6 +15,7 @@ from transformers.pytorch_utils import Conv1D
 import lowprec.layers  # noqa: F401  # registers the schemes
 from lowprec.errors import UserError
 from lowprec.layers.base import WeightScheme
+from lowprec.layers.eight_bit_linear import FrozenEightBitLinear
 from lowprec.layers.report import BF16, LinearRow, WrapReport
 from lowprec.option import option_names
 
@@ -127,8 +129,8 @@ def _convert(model: nn.Module, row: LinearRow, linear: nn.Module, scheme: Weight
     if isinstance(linear, Conv1D):
         _keep_transposed_state(converted)
     converted.train(training)
-    if hasattr(converted, "origin"):
-        converted.origin = getattr(getattr(model, "config", None), "_name_or_path", "")
+    if isinstance(converted, FrozenEightBitLinear):
+        converted.origin = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
     parent, _, child = row.name.rpartition(".")
     setattr(model.get_submodule(parent), child, converted)
     row.scheme = scheme.option_name
@@ -153,10 +155,11 @@ def _as_linear(module: nn.Module) -> nn.Linear:
     """The layer itself, or for a ``Conv1D`` (weight ``[in, out]``) a linear layer with its weight transposed."""
     if isinstance(module, nn.Linear):
         return module
+    weight, bias = cast(nn.Parameter, module.weight), cast(nn.Parameter, module.bias)
     with torch.device("meta"):
-        linear = nn.Linear(module.nx, module.nf, bias=False)
-    linear.weight = nn.Parameter(module.weight.detach().t().contiguous(), requires_grad=module.weight.requires_grad)
-    linear.bias = module.bias
+        linear = nn.Linear(weight.shape[0], weight.shape[1], bias=False)
+    linear.weight = nn.Parameter(weight.detach().t().contiguous(), requires_grad=weight.requires_grad)
+    linear.bias = bias
     return linear
 
 

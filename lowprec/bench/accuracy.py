@@ -12,7 +12,7 @@ from pathlib import Path
 import torch
 from rich.console import Console
 from torch import nn
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from transformers import AutoModelForCausalLM, AutoTokenizer, PreTrainedModel
 
 from lowprec.bench.measure import BenchResult
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Fp8Hadamard, Int8Hadamard
@@ -26,14 +26,14 @@ SCHEMES: dict[str, EightBit] = {
 }
 
 
-def record(model: nn.Module, ids: torch.Tensor) -> dict[str, tuple[nn.Linear, torch.Tensor, torch.Tensor]]:
+def record(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, tuple[nn.Linear, torch.Tensor, torch.Tensor]]:
     """Layer name -> the layer, X ``[tokens, in]`` and E ``[tokens, out]``, for all linears but the output head."""
     seen: dict[str, list] = {}
     hooks = []
     for name, layer in model.named_modules():
         if isinstance(layer, nn.Linear) and layer is not model.get_output_embeddings():
 
-            def watch(module, args, output, name=name):
+            def watch(module: nn.Module, args: tuple, output: torch.Tensor, name: str = name) -> None:
                 seen[name] = [module, args[0].detach().flatten(0, -2)]
                 output.register_hook(lambda error: seen[name].append(error.detach().flatten(0, -2)))
 
@@ -142,7 +142,7 @@ def main() -> None:
         from lowprec.data.python_docs import python_docs
 
         pairs = islice(python_docs(), 400)
-        text = "\n\n".join("\n".join(map(str, pair.fields.values())) for pair in pairs)
+        text = "\n\n".join("\n".join(map(str, (pair.fields or {}).values())) for pair in pairs)
     else:
         text = arguments.text.read_text(encoding="utf-8")
     result, figures = run(arguments.model, text, arguments.tokens)

@@ -7,6 +7,7 @@ products at the 8-bit datasheet rate of the card.
 
 import copy
 from importlib.util import find_spec
+from typing import Any
 
 import torch
 from lowprec_kernels.scaled_matmul.cases import LAYERS
@@ -41,7 +42,7 @@ def break_even(token_counts: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192
     rows = []
     for out_features, in_features in ((2048, 2048), (8192, 2048), (2048, 8192), *LAYERS):
         for scheme in ("fp8", "int8_hadamard"):
-            row = {"layer": f"{out_features} x {in_features}", "scheme": scheme}
+            row: dict = {"layer": f"{out_features} x {in_features}", "scheme": scheme}
             for tokens in token_counts:
                 plain, x, error = _operands(out_features, in_features, tokens, False)
                 converted = as_scheme(scheme).convert(copy.deepcopy(plain), False)
@@ -53,16 +54,16 @@ def break_even(token_counts: tuple[int, ...] = (256, 512, 1024, 2048, 4096, 8192
 
 def _layer(out_features: int, in_features: int, tokens: int, frozen: bool, peers: bool) -> list[dict]:
     plain, x, error = _operands(out_features, in_features, tokens, frozen)
-    candidates: dict[str, nn.Module] = {"bf16": torch.compile(copy.deepcopy(plain))}
+    candidates: dict[str, Any] = {"bf16": torch.compile(copy.deepcopy(plain))}
     for name, scheme in _schemes(frozen).items():
         candidates[name] = scheme.convert(copy.deepcopy(plain), frozen)
     if peers:
         candidates |= {f"torchao {recipe}": _torchao(copy.deepcopy(plain), recipe) for recipe in PEERS}
     flops = 2 * tokens * out_features * in_features * (2 if frozen else 3)
-    rows = []
+    rows: list[dict] = []
     for name, layer in candidates.items():
         step = _step(layer, x, error, frozen)
-        row = {
+        row: dict = {
             "layer": f"{out_features} x {in_features}",
             "weight": "frozen" if frozen else "trained",
             "scheme": name,
@@ -90,10 +91,10 @@ def _schemes(frozen: bool) -> dict[str, EightBit]:
 
 
 def _operands(out_features: int, in_features: int, tokens: int, frozen: bool):
-    like = {"device": "cuda", "dtype": torch.bfloat16}
-    plain = nn.Linear(in_features, out_features, bias=False, **like).requires_grad_(not frozen)
-    x = torch.randn(tokens, in_features, **like).requires_grad_()
-    return plain, x, torch.randn(tokens, out_features, **like)
+    with torch.device("cuda"):
+        plain = nn.Linear(in_features, out_features, bias=False).bfloat16().requires_grad_(not frozen)
+        x, error = torch.randn(tokens, in_features).bfloat16(), torch.randn(tokens, out_features).bfloat16()
+    return plain, x.requires_grad_(), error
 
 
 def _step(layer: nn.Module, x: torch.Tensor, error: torch.Tensor, frozen: bool):
@@ -101,7 +102,7 @@ def _step(layer: nn.Module, x: torch.Tensor, error: torch.Tensor, frozen: bool):
     return lambda: torch.autograd.grad(layer(x), wanted, error)
 
 
-def _torchao(linear: nn.Linear, recipe: str) -> nn.Module:
+def _torchao(linear: nn.Linear, recipe: str) -> Any:
     from lowprec.errors import UserError
 
     if find_spec("torchao") is None:

@@ -1,5 +1,7 @@
 """``lowprec bench matmul``: the products alone, by every backend that can run, for the three products of a layer."""
 
+from functools import partial
+
 import torch
 from lowprec_kernels.quantize_rows.reference import FP8
 from lowprec_kernels.scaled_matmul.cases import LAYERS, Case, products
@@ -31,6 +33,6 @@ def _rates(case: Case) -> dict[str, float]:
             for backend in BACKENDS[:-1]:
                 if backend.why_not(*arguments) is None and (fast or backend.name == "torch._scaled_mm"):
                     mark = "" if dtype == torch.int8 else ", fast" if fast else ", fp32 sums"
-                    ms = milliseconds(lambda run=backend.run, arguments=arguments: run(*arguments))
+                    ms = milliseconds(partial(backend.run, *arguments))
                     rates[f"{kind} {backend.name}{mark}"] = case.flops / ms / 1e9
     return rates

@@ -145,10 +145,10 @@ def _db(reference: torch.Tensor, found: torch.Tensor) -> float:
 
 def _normal(linear: nn.Linear) -> tuple[torch.Tensor, torch.Tensor]:
     generator = torch.Generator().manual_seed(0)
-    like = {"device": linear.weight.device, "dtype": linear.weight.dtype}
+    weight = linear.weight
     return (
-        torch.randn(256, linear.in_features, generator=generator).to(**like),
-        torch.randn(256, linear.out_features, generator=generator).to(**like),
+        torch.randn(256, linear.in_features, generator=generator).to(weight.device, weight.dtype),
+        torch.randn(256, linear.out_features, generator=generator).to(weight.device, weight.dtype),
     )
 
 
@@ -196,12 +196,11 @@ def _machine(device: torch.device) -> str:
     return f"{name}|torch {torch.__version__}|triton {triton.__version__}"
 
 
-def _time(layer: nn.Module, tokens: int, frozen: bool) -> float:
+def _time(layer: nn.Linear, tokens: int, frozen: bool) -> float:
     """Median ms of forward and backward of a layer."""
-    weight = layer._parameters["weight"]
-    dtype = weight.dtype if weight.is_floating_point() else layer.compute_dtype
-    x = torch.randn(tokens, layer.in_features, device=weight.device).to(dtype).requires_grad_()
-    error = torch.randn(tokens, layer.out_features, device=weight.device).to(dtype)
+    weight = layer.weight
+    x = torch.randn(tokens, layer.in_features, device=weight.device).to(weight.dtype).requires_grad_()
+    error = torch.randn(tokens, layer.out_features, device=weight.device).to(weight.dtype)
     wanted = [x] if frozen else [x, layer.weight]
 
     def step() -> None:

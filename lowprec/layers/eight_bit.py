@@ -77,8 +77,9 @@ def error_codes(error: torch.Tensor, plan: Plan, kept: tuple[torch.Tensor, ...] 
     with the input's (``kept``) to powers of two."""
     if plan.error_token_block > 1:
         error = _rotated(_filled_up(error, plan.error_token_block), plan.error_token_block, axis=0)
-    folded = kept is not None and plan.shares_error and not plan.weight_16bit and plan.error_scale == "row"
-    return _rows(error, plan.error_out_block, plan.error_scale, plan.dtype, folded, kept[1] if folded else None)
+    folds = plan.shares_error and not plan.weight_16bit and plan.error_scale == "row"
+    partner = kept[1] if folds and kept is not None else None
+    return _rows(error, plan.error_out_block, plan.error_scale, plan.dtype, partner is not None, partner)
 
 
 def input_gradient(error: Codes, weight: Codes, plan: Plan, tokens: int, out_dtype: torch.dtype) -> torch.Tensor:

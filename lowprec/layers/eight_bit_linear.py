@@ -2,6 +2,7 @@
 codes."""
 
 import warnings
+from typing import NoReturn
 
 import torch
 from torch import nn
@@ -98,7 +99,7 @@ class TrainedEightBitLinear(_EightBitLinear):
 class DecodedWeight(torch.Tensor):
     """A frozen weight decoded from its codes: a copy, which refuses to be written to, since that would be lost."""
 
-    __torch_function__ = torch._C._disabled_torch_function_impl
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
     @property
     def data(self) -> "DecodedWeight":  # type: ignore[override]
@@ -108,17 +109,17 @@ class DecodedWeight(torch.Tensor):
     def data(self, value: torch.Tensor) -> None:
         self._refuse()
 
-    def __iadd__(self, other: object) -> "DecodedWeight":  # type: ignore[misc]
+    def __iadd__(self, other: object) -> NoReturn:  # type: ignore[misc,override]
         self._refuse()
 
     __isub__ = __imul__ = __itruediv__ = __iadd__  # type: ignore[assignment]
 
-    def add_(self, *args: object, **kwargs: object) -> "DecodedWeight":  # type: ignore[override]
+    def add_(self, *args: object, **kwargs: object) -> NoReturn:  # type: ignore[override]
         self._refuse()
 
     sub_ = mul_ = copy_ = add_  # type: ignore[assignment]
 
-    def _refuse(self) -> None:
+    def _refuse(self) -> NoReturn:
         raise UserError(
             "this weight is stored as 8-bit codes and cannot be written to. To merge an adapter, use `lowprec merge`, "
             "which reads the original 16-bit files; to train the weight itself, wrap the model with frozen=False."
@@ -146,6 +147,10 @@ class FrozenEightBitLinear(_EightBitLinear):
         self.register_parameter("bias", linear.bias)
         self._store(linear.weight.detach())
 
+    scale_bits: torch.Tensor
+    backward_codes: torch.Tensor | None
+    backward_bits: torch.Tensor
+
     @torch.no_grad()
     def _store(self, weight: torch.Tensor) -> None:
         forward = weight_codes(weight, self.plan)
@@ -156,8 +161,15 @@ class FrozenEightBitLinear(_EightBitLinear):
         self.register_buffer("backward_codes", codes, persistent=False)
         self.register_buffer("backward_bits", backward.scale.view(torch.int32), persistent=False)
 
+    @property
+    def stored(self) -> nn.Parameter:
+        """The codes of the forward product as int8, ``[out, in]``."""
+        stored = self._parameters["weight"]
+        assert stored is not None
+        return stored
+
     def _codes(self) -> Codes:
-        return Codes(self._parameters["weight"].detach().view(self.plan.dtype), self.scale_bits.view(torch.float32))
+        return Codes(self.stored.detach().view(self.plan.dtype), self.scale_bits.view(torch.float32))
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
@@ -186,8 +198,8 @@ class FrozenEightBitLinear(_EightBitLinear):
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()
 
     def _load_from_state_dict(self, state, prefix, metadata, strict, missing, unexpected, errors) -> None:
-        device = self._parameters["weight"].device
-        shapes = {"weight": (self.out_features, self.in_features)}
+        device = self.stored.device
+        shapes: dict[str, tuple[int, ...]] = {"weight": (self.out_features, self.in_features)}
         if self.bias is not None:
             shapes["bias"] = (self.out_features,)
         for name, shape in shapes.items():

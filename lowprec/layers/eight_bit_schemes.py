@@ -101,7 +101,7 @@ class EightBit:
 
     def kernel(self, linear: nn.Linear) -> str:
         """The backend of the forward product."""
-        device = linear._parameters["weight"].device
+        device = getattr(linear, "stored", linear.weight).device
         a, scale = torch.empty(16, 16, dtype=self.dtype, device=device), torch.empty(16, device=device)
         backend = choose(PRODUCT_BACKENDS, a, scale, a, scale, None, torch.bfloat16, self.fast_accumulation)
         return f"{backend.name}, {str(self.dtype).removeprefix('torch.')}"

@@ -227,7 +227,8 @@ def quantize_columns(
     padded = padded_rows(rows, block)
     codes = torch.empty(dim, padded, dtype=dtype, device=x.device)
     given = scale is not None
-    scale = scale if given else torch.empty(dim, dtype=torch.float32, device=x.device)
+    if scale is None:
+        scale = torch.empty(dim, dtype=torch.float32, device=x.device)
     if codes.numel() == 0:
         return codes, scale if given else scale.fill_(AMAX_FLOOR / LARGEST_CODE[dtype])
     tile = block if block > 1 else 32
