@@ -44,26 +44,29 @@ def record(model: PreTrainedModel, ids: torch.Tensor) -> dict[str, tuple[nn.Line
     return {name: tuple(found) for name, found in seen.items()}
 
 
-def noise(layer: nn.Linear, scheme: EightBit, x: torch.Tensor, error: torch.Tensor) -> dict[str, float]:
-    """Median and 1st percentile over tokens of the output's SQNR, and the pooled SQNR of both gradients, in dB."""
+def noise(layer: nn.Linear, x: torch.Tensor, error: torch.Tensor) -> dict[str, dict[str, float]]:
+    """Scheme -> median and 1st percentile over tokens of the output's SQNR, pooled SQNR of both gradients, in dB."""
     weight = layer.weight.detach().bfloat16()
     x, error = x.bfloat16(), error.bfloat16()
     wide_w, wide_x, wide_e = weight.float(), x.float(), error.float()
+    exact = (wide_x @ wide_w.t(), wide_e @ wide_w, wide_e.t() @ wide_x)
     with torch.device("meta"):
         plain = nn.Linear(layer.in_features, layer.out_features, bias=False)
     plain.weight = nn.Parameter(weight)
     x.requires_grad_()
-    y = scheme.convert(plain, False)(x)
-    grad_x, grad_weight = torch.autograd.grad(y, [x, plain.weight], error)
-    exact = wide_x @ wide_w.t()
-    tokens = _db(exact, y.detach().float(), -1)
-    tokens = tokens[tokens.isfinite()]
-    return {
-        "output median": tokens.median().item(),
-        "output 1st percentile": tokens.quantile(0.01).item(),
-        "input gradient": _db(wide_e @ wide_w, grad_x.float()).item(),
-        "weight gradient": _db(wide_e.t() @ wide_x, grad_weight.float()).item(),
-    }
+    found = {}
+    for name, scheme in SCHEMES.items():
+        y = scheme.convert(plain, False)(x)
+        grad_x, grad_weight = torch.autograd.grad(y, [x, plain.weight], error)
+        tokens = _db(exact[0], y.detach().float(), -1)
+        tokens = tokens[tokens.isfinite()]
+        found[name] = {
+            "output median": tokens.median().item(),
+            "output 1st percentile": tokens.quantile(0.01).item(),
+            "input gradient": _db(exact[1], grad_x.float()).item(),
+            "weight gradient": _db(exact[2], grad_weight.float()).item(),
+        }
+    return found
 
 
 def run(model_path: Path, text: str, tokens: int = 1024) -> tuple[BenchResult, dict]:
@@ -74,10 +77,8 @@ def run(model_path: Path, text: str, tokens: int = 1024) -> tuple[BenchResult, d
     ids = AutoTokenizer.from_pretrained(folder, **gguf)(text, return_tensors="pt").input_ids[:, :tokens]
     assert ids.shape[1] == tokens, f"the text has only {ids.shape[1]} tokens"
     layers = record(model, ids)
-    figures = {
-        name: {layer: noise(*found[:1], scheme, *found[1:]) for layer, found in layers.items()}
-        for name, scheme in SCHEMES.items()
-    }
+    by_layer = {layer: noise(*found) for layer, found in layers.items()}
+    figures = {name: {layer: found[name] for layer, found in by_layer.items()} for name in SCHEMES}
     kinds = list(dict.fromkeys(name.rsplit(".", 1)[-1] for name in layers))
     rows = [_summary(scheme, kind, figures[scheme]) for scheme in figures for kind in (*kinds, "all")]
     note = f"{len(layers)} linear layers, {tokens} tokens; medians are over layers"
