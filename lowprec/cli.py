@@ -6,6 +6,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
+from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -39,6 +40,17 @@ _DOCTOR_HELP = """
 examples:
   lowprec doctor
   lowprec doctor --json
+"""
+_BENCH_HELP = """
+examples:
+  lowprec bench linear --peers        8-bit linear layers beside bf16 and torchao
+  lowprec bench rotate --json rotate.json
+  lowprec bench ssd --path /mnt/nvme/states
+"""
+_SSD_HELP = """
+examples:
+  lowprec ssd clean /mnt/nvme/states                                  remove what dead runs left there
+  lowprec ssd export runs/mine/checkpoints/step-500/optimizer states  as fp32 states of torch.optim.AdamW
 """
 _COMPLETION_HELP = """
 examples:
@@ -103,6 +115,21 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = verb("doctor", _doctor, "Try what this machine can run, and say why not.", _DOCTOR_HELP)
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+
+    bench = verb("bench", _bench, "Repeat a benchmark of docs/benchmarks on this machine.", _BENCH_HELP)
+    bench.add_argument("what", choices=["linear", "rotate", "matmul", "ssd"])
+    bench.add_argument("--peers", action="store_true", help="measure torchao beside it (linear)")
+    bench.add_argument("--tokens", type=int, default=8192, help="rows of the input (linear, rotate, matmul)")
+    bench.add_argument("--path", help="a folder on the disk to measure (ssd)")
+    bench.add_argument("--json", metavar="FILE", help="write the figures as JSON, too")
+
+    ssd = verb("ssd", _ssd, "Look after optimizer states on a disk.", _SSD_HELP)
+    ssd.add_argument("action", choices=["clean", "export"])
+    ssd.add_argument("path", help="clean: the state_store.path; export: the optimizer folder of a checkpoint")
+    ssd.add_argument("target", nargs="?", help="export: the folder to write")
+    ssd.add_argument(
+        "--weights", help="export: a safetensors file with the same checkpoint's weights, for split masters"
+    )
 
     completion = verb("completion", _completion, "Print a shell completion script.", _COMPLETION_HELP)
     completion.add_argument("shell", choices=["bash", "zsh"])
@@ -169,6 +196,42 @@ def _doctor(options: argparse.Namespace) -> int:
     else:
         render(checks, Console())
     return exit_code(checks)
+
+
+def _bench(options: argparse.Namespace) -> int:
+    from lowprec.bench import linear, matmul, rotate, ssd
+
+    if options.what == "ssd":
+        if options.path is None:
+            raise UserError("lowprec bench ssd needs --path, a folder on the disk to measure.")
+        report = ssd.run(options.path)
+        Console().print(report.table())
+        figures = report.to_dict()
+    else:
+        runs = {"rotate": rotate.run, "matmul": matmul.run, "linear": partial(linear.run, peers=options.peers)}
+        result = runs[options.what](tokens=options.tokens)
+        Console().print(result)
+        figures = result.to_dict()
+    if options.json:
+        Path(options.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    return 0
+
+
+def _ssd(options: argparse.Namespace) -> int:
+    from lowprec.optim.export import export
+    from lowprec.optim.path_lock import clean
+
+    if options.action == "clean":
+        removed = clean(options.path)
+        for name, freed in removed.items():
+            print(f"removed {name}, {freed:,} bytes freed")
+        print(f"{len(removed)} files removed from {options.path}")
+        return 0
+    if options.target is None:
+        raise UserError("lowprec ssd export needs a target folder: lowprec ssd export CHECKPOINT/optimizer TARGET.")
+    export(options.path, options.target, weights=options.weights)
+    print(f"wrote {options.target}")
+    return 0
 
 
 def _completion(options: argparse.Namespace) -> int:

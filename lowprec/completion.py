@@ -2,7 +2,7 @@
 
 from lowprec.recipes import shipped_recipes
 
-VERBS = ("train", "recipes", "merge", "doctor", "completion")
+VERBS = ("train", "recipes", "merge", "doctor", "bench", "ssd", "completion")
 
 _BASH = """_lowprec() {{
     local word=${{COMP_WORDS[COMP_CWORD]}}
@@ -10,6 +10,8 @@ _BASH = """_lowprec() {{
         1) COMPREPLY=($(compgen -W "{verbs}" -- "$word")) ;;
         2) case ${{COMP_WORDS[1]}} in
                train) COMPREPLY=($(compgen -W "{recipes}" -- "$word") $(compgen -f -X '!*.yaml' -- "$word")) ;;
+               bench) COMPREPLY=($(compgen -W "linear rotate matmul ssd" -- "$word")) ;;
+               ssd) COMPREPLY=($(compgen -W "clean export" -- "$word")) ;;
                recipes) COMPREPLY=($(compgen -W "ls show cp" -- "$word")) ;;
                completion) COMPREPLY=($(compgen -W "bash zsh" -- "$word")) ;;
                *) COMPREPLY=($(compgen -d -- "$word")) ;;

@@ -12,7 +12,7 @@ from lowprec.cli import main
 from lowprec.recipes import shipped_recipes
 
 
-@pytest.mark.parametrize("verb", ["train", "recipes", "merge", "doctor", "completion"])
+@pytest.mark.parametrize("verb", ["train", "recipes", "merge", "doctor", "bench", "ssd", "completion"])
 def test_help_of_every_verb_shows_examples(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
@@ -52,6 +52,10 @@ def test_recipes(capsys, tmp_path):
         (["recipes", "cp", "lora"], "target"),
         (["recipes", "show", "nope"], "quickstart"),
         (["merge", "not_a_folder", "out"], "not_a_folder"),
+        (["bench", "ssd"], "--path"),
+        (["ssd", "clean", "not_a_folder"], "not_a_folder"),
+        (["ssd", "export", "not_a_folder"], "target"),
+        (["ssd", "export", "not_a_folder", "out"], "not_a_folder"),
     ],
 )
 def test_mistakes_are_one_paragraph_without_a_traceback(arguments, named, capsys, tmp_path, monkeypatch):

@@ -25,6 +25,7 @@ from lowprec.data.summary import DataSummary, length_histogram
 from lowprec.errors import UserError
 
 NUM_PROMPTS = 8
+_PLACE = "the user's words"
 OnProgress = Callable[[str], object] | None
 
 # What decides the tokenised samples; the rest of ``Data`` chooses among them or packs them.
@@ -46,6 +47,8 @@ class Prompt:
     """A held-out question: its tokens, and the answer that the data give."""
 
     input_ids: list[int]
+    question: str
+    """The prompt as text: the user's words alone where the chat template lets them be told from its frame."""
     reference: str
 
 
@@ -217,5 +220,16 @@ def _prompts(evaluation: Samples | RowsInMemory, tokenizer: PreTrainedTokenizerB
         if not 0 < length < len(ids):
             length = max(1, len(ids) // 2)
         reference = str(tokenizer.decode(ids[length:], skip_special_tokens=True)).strip()
-        prompts.append(Prompt(input_ids=ids[:length], reference=reference))
+        prompts.append(Prompt(input_ids=ids[:length], question=_question(ids[:length], tokenizer), reference=reference))
     return prompts
+
+
+def _question(ids: list[int], tokenizer: PreTrainedTokenizerBase) -> str:
+    text = str(tokenizer.decode(ids))
+    if tokenizer.chat_template:
+        turn = [{"role": "user", "content": _PLACE}]
+        frame = str(tokenizer.apply_chat_template(turn, tokenize=False, add_generation_prompt=True))
+        before, _, after = frame.partition(_PLACE)
+        if text.startswith(before) and text.endswith(after):
+            return text.removeprefix(before).removesuffix(after).strip()
+    return str(tokenizer.decode(ids, skip_special_tokens=True)).strip()

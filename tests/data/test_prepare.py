@@ -233,3 +233,24 @@ def test_python_docs_with_the_real_tokenizer(tmp_path: Path, smollm2_tokenizer: 
     assert len(prepared.train) + len(prepared.evaluation) == 400
     assert smollm2_tokenizer.decode(prepared.prompts[0].input_ids).endswith("<|im_start|>assistant\n")
     assert prepared.train[0]["input_ids"][-1] in (smollm2_tokenizer.eos_token_id, 198)  # <|im_end|>, or its newline
+
+
+def test_the_question_of_a_prompt_is_the_user_s_words(tokenizer, tmp_path):
+    rows = [
+        {"messages": [{"role": "user", "content": f"Why {n}?"}, {"role": "assistant", "content": f"So {n}."}]}
+        for n in range(8)
+    ]
+    path = tmp_path / "chats.jsonl"
+    path.write_text("\n".join(json.dumps(row) for row in rows))
+    prompts = prepare_data(
+        Data(path=str(path), cache_dir=str(tmp_path / "cache"), eval_fraction=0.5), tokenizer
+    ).prompts
+    asked = {row["messages"][0]["content"]: row["messages"][1]["content"] for row in rows}
+    assert prompts and all(asked[prompt.question] == prompt.reference for prompt in prompts)
+
+
+def test_the_question_of_a_plain_text_is_its_beginning(tokenizer, tmp_path):
+    path = tmp_path / "text.jsonl"
+    path.write_text("\n".join(json.dumps({"text": f"{n} little words in a row"}) for n in range(8)))
+    prompt = prepare_data(Data(path=str(path), cache_dir=str(tmp_path / "cache")), tokenizer).prompts[0]
+    assert f"{prompt.question}{prompt.reference}".replace(" ", "").endswith("littlewordsinarow")

@@ -14,6 +14,7 @@ from rich.console import Console
 from lowprec.config import resolve
 from lowprec.run_folder import Status
 from lowprec.testing import save_tiny
+from lowprec.train.interrupt import EXIT_INTERRUPTED
 from lowprec.train.loop import train
 
 WORDS = ["blue", "green", "red", "yellow", "white", "black", "small", "large", "round", "flat", "cold", "warm"]
@@ -86,8 +87,11 @@ def forked(recipe: str, arguments: list[str]) -> Any:
     def body() -> None:
         with Path(os.devnull).open("w") as nowhere:
             os.dup2(nowhere.fileno(), 2)
-            status, _ = run(recipe, arguments)
-        os._exit({Status.FINISHED: 0, Status.INTERRUPTED: 75}[status])
+            try:
+                status, _ = run(recipe, arguments)
+            except KeyboardInterrupt:
+                os._exit(130)  # as the command line does
+        os._exit({Status.FINISHED: 0, Status.INTERRUPTED: EXIT_INTERRUPTED}[status])
 
     process = multiprocessing.get_context("fork").Process(target=body)
     process.start()

@@ -142,3 +142,23 @@ def test_clipping_can_be_turned_off(arguments, tmp_path):
     on, off = ([r for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("on", "off"))
     assert on[0]["grad_norm"] == off[0]["grad_norm"]  # the norm before clipping
     assert on[-1]["loss"] != off[-1]["loss"]
+
+
+def test_tensorboard_is_written_where_it_is_installed(arguments, tmp_path):
+    pytest.importorskip("tensorboard")
+    run("full", arguments("train.report_to=[auto]", "train.max_steps=2"))
+    assert list((tmp_path / "run" / "lowprec").glob("events.out.tfevents.*"))
+
+
+def test_a_tracker_that_is_not_installed_is_named(arguments):
+    with pytest.raises(UserError, match="pip install no_such_tracker"):
+        run("full", arguments("train.report_to=[no_such_tracker]"))
+
+
+def test_streamed_data_train_and_resume(arguments, tmp_path, tiny):
+    stream = ("data.streaming=true", "data.eval_samples=4", "train.max_steps=4", "train.save_steps=2")
+    run("full", arguments(*stream, output="whole"))
+    checkpoint = tmp_path / "whole" / "checkpoints" / "step-2"
+    run("full", arguments(*stream, f'train.resume_from_checkpoint="{checkpoint}"', output="resumed"))
+    whole, resumed = ([r["loss"] for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("whole", "resumed"))
+    assert whole[2:] == resumed
