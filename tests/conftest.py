@@ -4,7 +4,9 @@ import os
 from importlib.util import find_spec
 from pathlib import Path
 
-if not Path("/dev/nvidiactl").exists():  # without a GPU Triton's kernels are interpreted; it reads this when first imported
+if not Path(
+    "/dev/nvidiactl"
+).exists():  # without a GPU Triton's kernels are interpreted; it reads this when first imported
     os.environ.setdefault("TRITON_INTERPRET", "1")
 
 import pytest  # noqa: E402

@@ -120,10 +120,7 @@ class Run:
         else:
             self.recorder.finish(
                 report,
-                [
-                    (str(self.tokenizer.decode(p.input_ids, skip_special_tokens=True)), p.reference)
-                    for p in self.data.prompts
-                ],
+                [(p.question, p.reference) for p in self.data.prompts],
             )
         return status
 
