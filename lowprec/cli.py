@@ -6,7 +6,6 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Sequence
-from functools import partial
 from pathlib import Path
 
 from rich.console import Console
@@ -208,8 +207,10 @@ def _bench(options: argparse.Namespace) -> int:
         Console().print(report.table())
         figures = report.to_dict()
     else:
-        runs = {"rotate": rotate.run, "matmul": matmul.run, "linear": partial(linear.run, peers=options.peers)}
-        result = runs[options.what](tokens=options.tokens)
+        if options.what == "linear":
+            result = linear.run(options.tokens, options.peers)
+        else:
+            result = (rotate.run if options.what == "rotate" else matmul.run)(options.tokens)
         Console().print(result)
         figures = result.to_dict()
     if options.json:

@@ -118,7 +118,7 @@ def print_summary(report: dict[str, Any], folder: Path, console: Console) -> Non
     table.add_row("peak RAM", f"{report['peak_ram_gib']:.2f} GiB")
     table.add_row("linear layers", ", ".join(f"{count} {scheme}" for scheme, count in report["layers"].items()))
     table.add_row("trained parameters", _counts(report["dtypes"]["trained_parameters"]))
-    table.add_row("optimizer states", _counts(report["dtypes"]["optimizer_states"]))
+    table.add_row("optimizer states", _states(report))
     table.add_row("computed in", report["dtypes"]["compute"])
     table.add_row("run folder", str(folder))
     console.print(table)
@@ -142,6 +142,14 @@ def plot_loss(rows: list[dict[str, Any]], target: Path, title: str) -> None:
     axes.grid(alpha=0.3)
     axes.legend(frameon=False)
     figure.savefig(target, dpi=150)
+
+
+def _states(report: dict[str, Any]) -> str:
+    states = report.get("optimizer")
+    if states is None:
+        return _counts(report["dtypes"]["optimizer_states"])
+    master = f", master {states['master']}" if "bfloat16" in report["dtypes"]["trained_parameters"] else ""
+    return f"{states['states_gib']:.3g} GiB on the {states['state_store']}, {states['state_dtype']}{master}"
 
 
 def _elements(tensors: Iterable[torch.Tensor]) -> dict[str, int]:

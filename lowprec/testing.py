@@ -112,14 +112,16 @@ def save_tiny_gguf(path: str | Path, **kwargs) -> Path:
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(CHATML)
     names = gguf.get_tensor_name_map(gguf.MODEL_ARCH.LLAMA, config.num_hidden_layers)
-    for name, tensor in model.named_parameters():
+    for name, parameter in model.named_parameters():
+        tensor = parameter.detach().float()
         heads = {"q_proj": config.num_attention_heads, "k_proj": config.num_key_value_heads}
-        for kind, count in heads.items():
-            if kind in name:  # GGUF interleaves the two halves that a rotary embedding turns
+        for projection, count in heads.items():
+            if projection in name:  # GGUF interleaves the two halves that a rotary embedding turns
                 tensor = tensor.view(count, 2, -1, config.hidden_size).transpose(1, 2).reshape(tensor.shape)
-        data = tensor.detach().float().numpy()
+        data = tensor.numpy()
         kind = gguf.GGMLQuantizationType.Q8_0 if data.ndim == 2 else gguf.GGMLQuantizationType.F32
         gguf_name = names.get_name(name, try_suffixes=(".weight",))
+        assert gguf_name is not None
         writer.add_tensor(gguf_name, gguf.quants.quantize(data, kind), raw_dtype=kind)
     writer.write_header_to_file()
     writer.write_kv_data_to_file()

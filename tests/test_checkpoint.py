@@ -139,3 +139,15 @@ def test_killed_while_writing_leaves_the_older_one(tmp_path):
         assert newest is not None and complaints == []
         remove_unfinished(folder)
         assert all(p.name.startswith("step-") and damage(p) is None for p in folder.iterdir())
+
+
+def test_files_with_checksums_of_their_own_are_held_to_their_size(tmp_path):
+    with atomic_folder(tmp_path / "step-1", self_checked="optimizer/states-*.bin") as writing:
+        (writing / "optimizer").mkdir()
+        (writing / "optimizer" / "states-0.bin").write_bytes(b"chunk")
+        (writing / "a.bin").write_bytes(b"weights")
+    states = tmp_path / "step-1" / "optimizer" / "states-0.bin"
+    states.write_bytes(b"other")
+    assert damage(tmp_path / "step-1") is None  # the store that reads it finds this
+    states.write_bytes(b"cut")
+    assert str(states) in (damage(tmp_path / "step-1") or "")

@@ -1,4 +1,4 @@
-"""Raw tensor maths: one folder an operation, each with a reference, a fast kernel, and the cases that tests and benchmarks share.
+"""Raw tensor maths: one folder an operation, each with a reference, a fast kernel, and cases for tests and benchmarks.
 
 Nothing here knows autograd, modules or configuration, and nothing imports ``lowprec``.
 """

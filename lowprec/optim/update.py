@@ -11,8 +11,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cached_property
 
+import lowprec_kernels.adamw.reference as reference
 import torch
-from lowprec_kernels.adamw import reference
 from torch import Tensor
 
 # Elements that the decoding path converts at once: bounds its fp32 copies to 64 MiB. A multiple of BLOCK.
@@ -87,7 +87,8 @@ def update(slices: Sequence[Slice], found_inf: Tensor | None) -> None:
         if piece.is_plain:
             plain.setdefault((id(piece.steps), device), []).append(piece)
         elif piece.param.is_cuda:
-            from lowprec_kernels.adamw import triton_kernel  # imported where it runs: lowprec itself needs no Triton
+            # Imported where it runs: lowprec itself needs no Triton.
+            import lowprec_kernels.adamw.triton_kernel as triton_kernel
 
             hyper = piece.steps.hyper
             first, second = piece.steps.corrections

@@ -22,6 +22,8 @@ from lowprec.optim import load_optimizer_states, save_optimizer_states
 TRAINABLE = "trainable.safetensors"
 OPTIMIZER = "optimizer"
 PROGRESS = "progress.json"
+SELF_CHECKED = f"{OPTIMIZER}/states-*.bin"
+"""The chunks of an ssd store, each with a checksum of its own."""
 
 
 @dataclass
@@ -44,7 +46,7 @@ class TrainState:
         """
         writing = folder.parent / f".writing-{folder.name}"
         if accelerator.is_main_process:
-            with atomic_folder(folder, needed_bytes=self._bytes(), keeps=keeps) as temporary:
+            with atomic_folder(folder, needed_bytes=self._bytes(), keeps=keeps, self_checked=SELF_CHECKED) as temporary:
                 assert temporary == writing
                 accelerator.wait_for_everyone()  # the others may write into the folder now
                 self._save_shared(temporary)

@@ -125,9 +125,7 @@ def test_max_samples_and_eval_path(steps: Any, stream: Callable[..., PreparedDat
 def test_a_saved_data_set_streams(steps: Any, tmp_path: Path, tokenizer: PreTrainedTokenizerBase) -> None:
     saved = datasets.Dataset.from_dict({"prompt": [f"q{i}" for i in range(12)], "completion": ["a"] * 12})
     saved.save_to_disk(str(tmp_path / "saved"))
-    data = prepare_data(
-        Data(path=str(tmp_path / "saved"), streaming=True, eval_samples=2, shuffle_buffer=4), tokenizer
-    )
+    data = prepare_data(Data(path=str(tmp_path / "saved"), streaming=True, eval_samples=2, shuffle_buffer=4), tokenizer)
     one = steps.loader(data, 1, 1)
     batches = steps.take(one, 12)
     resumed = steps.loader(data, 1, 1)
