@@ -16,8 +16,16 @@ _EXTRAS = ("tracking", "cuda")
 
 def check_packages() -> Iterator[Check]:
     """Python, the required packages, and those of the extras that a user may want."""
-    python, wanted = platform.python_version(), metadata.metadata("lowprec")["Requires-Python"]
-    yield _versioned("python", python, Requirement(f"python{wanted}"), "Install a newer Python.", True)
+    try:
+        wanted = metadata.metadata("lowprec")["Requires-Python"]
+    except metadata.PackageNotFoundError:
+        reason = "runs from a source folder that is not installed, so what it requires is not known"
+        yield Check(group=GROUP, name="lowprec", ok=False, reason=reason, remedy="pip install -e .", required=False)
+        yield _triton()
+        return
+    yield _versioned(
+        "python", platform.python_version(), Requirement(f"python{wanted}"), "Install a newer Python.", True
+    )
     yield Check(group=GROUP, name="lowprec", ok=None, found=metadata.version("lowprec"))
     requirements = [Requirement(text) for text in metadata.requires("lowprec") or []]
     for requirement in requirements:

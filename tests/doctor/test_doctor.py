@@ -99,3 +99,12 @@ def test_a_folder_that_cannot_be_written(monkeypatch):
     monkeypatch.setattr(machine.tempfile, "NamedTemporaryFile", refuse)
     check = next(c for c in machine.check_machine() if c.name == "disk")
     assert not check.ok and "Permission denied" in check.reason and check.required
+
+
+def test_a_source_folder_that_is_not_installed_is_said(monkeypatch):
+    def missing(name):
+        raise metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr("lowprec.doctor.packages.metadata.metadata", missing)
+    first = next(iter(check_packages()))
+    assert first.name == "lowprec" and not first.ok and "not installed" in first.reason and "pip install" in first.remedy
