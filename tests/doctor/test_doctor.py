@@ -105,6 +105,7 @@ def test_a_source_folder_that_is_not_installed_is_said(monkeypatch):
     def missing(name):
         raise metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr("lowprec.doctor.packages.metadata.metadata", missing)
-    first = next(iter(check_packages()))
-    assert first.name == "lowprec" and not first.ok and "not installed" in first.reason and "pip install" in first.remedy
+    monkeypatch.setattr(packages.metadata, "metadata", missing)
+    first = next(iter(packages.check_packages()))
+    assert first.name == "lowprec" and not first.ok
+    assert "not installed" in first.reason and "pip install" in first.remedy
