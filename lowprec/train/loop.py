@@ -80,7 +80,9 @@ class Run:
     ) -> None:
         self.recipe, self.folder, self.accelerator, self.console, self.stop = recipe, folder, accelerator, console, stop
         self.recorder = Recorder(recipe, folder, accelerator, console)
+        self.model: Any = None
         self.optimizer: torch.optim.Optimizer | None = None
+        self._has_begun = False
         self.progress: dict[str, Any] = {
             "step": 0,
             "trained_tokens": 0,
@@ -103,7 +105,8 @@ class Run:
                 self._save_final()
             self._describe()
         except BaseException as error:
-            self.recorder.report(Status.FAILED, self.progress, error=f"{type(error).__name__}: {error}")
+            if self._has_begun:  # before that nothing is written, so that the mended command can use the folder
+                self.recorder.report(Status.FAILED, self.progress, error=f"{type(error).__name__}: {error}")
             if isinstance(error, torch.OutOfMemoryError):
                 raise OutOfMemoryError(explain(self.recipe, self.model, self.optimizer)) from error
             raise
@@ -118,10 +121,7 @@ class Run:
                 "same command with train.resume_from_checkpoint=auto goes on from it."
             )
         else:
-            self.recorder.finish(
-                report,
-                [(p.question, p.reference) for p in self.data.prompts],
-            )
+            self.recorder.finish(report, [(p.question, p.reference) for p in self.data.prompts])
         return status
 
     def _build(self) -> None:
@@ -181,8 +181,9 @@ class Run:
                 why = "gradients are summed over micro-batches or processes"
             self.console.print(
                 f"Updates start after backward, because {why}. With train.max_grad_norm=null, accumulation 1 and one "
-                "process they overlap with backward, and each gradient is freed at once.", highlight=False,
-            )  # fmt: skip
+                "process they overlap with backward, and each gradient is freed at once.",
+                highlight=False,
+            )
 
     def _describe(self) -> None:
         """Put into the report what grows with the steps: the states, their traffic, and what a stream has read."""
@@ -197,6 +198,7 @@ class Run:
             facts["optimizer"] = self.optimizer.statistics(self.num_steps)
 
     def _begin(self) -> None:
+        self._has_begun = True
         checkpoint = self.folder.resume_from
         if checkpoint is not None:
             for message in check_same_run(self.recipe, checkpoint):

@@ -13,11 +13,12 @@ class OutOfMemoryError(UserError):
     """The device's memory did not suffice."""
 
 
-def explain(recipe: Recipe, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> str:
+def explain(recipe: Recipe, model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> str:
     """One paragraph: what is allocated by kind, and what to change, the largest gain first."""
     free, total = torch.cuda.mem_get_info()
-    weights = sum(p.nbytes for p in model.parameters() if p.is_cuda)
-    gradients = sum(p.grad.nbytes for p in model.parameters() if p.grad is not None and p.grad.is_cuda)
+    parameters = [p for p in model.parameters() if p.is_cuda] if model is not None else []
+    weights = sum(p.nbytes for p in parameters)
+    gradients = sum(p.grad.nbytes for p in parameters if p.grad is not None)
     states = sum(
         value.nbytes
         for state in (optimizer.state.values() if optimizer else ())

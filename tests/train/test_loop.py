@@ -162,3 +162,11 @@ def test_streamed_data_train_and_resume(arguments, tmp_path, tiny):
     run("full", arguments(*stream, f'train.resume_from_checkpoint="{checkpoint}"', output="resumed"))
     whole, resumed = ([r["loss"] for r in read_metrics(tmp_path / n) if "loss" in r] for n in ("whole", "resumed"))
     assert whole[2:] == resumed
+
+
+def test_a_mistake_in_the_data_leaves_the_folder_free_for_the_mended_command(arguments, tmp_path):
+    bad = tmp_path / "bad.jsonl"
+    bad.write_text('{"prompt": "a"}\n')
+    with pytest.raises(UserError, match="line 1"):
+        run("full", arguments(f'data.path="{bad}"'))
+    assert run("full", arguments("train.max_steps=1"))[0] is Status.FINISHED
