@@ -8,7 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from lowprec.data.cache import MANIFEST, cache_key, cached, tokenizer_fingerprint
+from lowprec.checkpoint import MANIFEST
+from lowprec.data.cache import cache_key, cached, tokenizer_fingerprint
 from lowprec.errors import UserError
 from lowprec.testing import tiny_tokenizer
 
@@ -87,10 +88,10 @@ def test_what_a_killed_process_leaves_is_never_read(tmp_path: Path) -> None:
     assert process.pid is not None
     os.kill(process.pid, signal.SIGKILL)  # after its file, before its manifest
     process.join(60)
-    assert not (tmp_path / "c" / "key").exists() and list((tmp_path / "c").glob(".key-*"))
+    assert not (tmp_path / "c" / "key").exists() and list((tmp_path / "c").glob(".writing-key*"))
     entry = cached(tmp_path / "c", "key", counting(tmp_path / "log"))
     assert (entry / "data").read_text() == "contents"
-    assert not list((tmp_path / "c").glob(".key-*"))
+    assert not list((tmp_path / "c").glob(".writing-key*"))
 
 
 def test_an_error_of_the_build_leaves_nothing(tmp_path: Path) -> None:
