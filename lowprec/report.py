@@ -149,7 +149,8 @@ def _states(report: dict[str, Any]) -> str:
     if states is None:
         return _counts(report["dtypes"]["optimizer_states"])
     master = f", master {states['master']}" if "bfloat16" in report["dtypes"]["trained_parameters"] else ""
-    return f"{states['states_gib']:.3g} GiB on the {states['state_store']}, {states['state_dtype']}{master}"
+    places = {"gpu": "beside the weights", "cpu": "in host memory", "ssd": "on the disk"}
+    return f"{states['states_gib']:.3g} GiB {places[states['state_store']]}, {states['state_dtype']}{master}"
 
 
 def _elements(tensors: Iterable[torch.Tensor]) -> dict[str, int]:

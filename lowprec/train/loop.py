@@ -164,7 +164,9 @@ class Run:
         notes += getattr(self.optimizer, "notes", [])
         for note in notes:
             self.console.print(f"[yellow]Note:[/] {note}", highlight=False)
-        self.recorder.facts.update(layers=layers.counts(), wrap=layers.to_dict(), notes=notes)
+        # The scheme that leaves a layer alone is called bf16; what such a layer computes in is model.dtype.
+        counts = {recipe.model.dtype if name == "bf16" else name: n for name, n in layers.counts().items()}
+        self.recorder.facts.update(layers=counts, wrap=layers.to_dict(), notes=notes)
         self._describe()
 
     def _update_in_backward(self) -> None:
