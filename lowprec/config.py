@@ -88,7 +88,11 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[st
     parsed = override_rules.parse_overrides(overrides)
     for override in parsed:
         if override.is_sweep_override():
-            raise UserError(f"'{override.input_line}' sweeps over several values: add -m to run them one by one.")
+            key, _, values = str(override.input_line).partition("=")
+            raise UserError(
+                f"'{override.input_line}' sweeps over several values: add -m to run them one by one. One value that is "
+                f"a list stands in brackets: '{key}=[{values}]'."
+            )
     arguments, messages = override_rules.rename_aliases(parsed)
     with _config_folder(recipe) as (folder, name, search_path, yaml_messages):
         choices = [a for a in arguments if "." not in a.partition("=")[0]]

@@ -1,6 +1,10 @@
 """``-m key=a,b`` trains every combination in a folder of its own."""
 
 import json
+import os
+import signal
+import subprocess
+import sys
 
 import pytest
 
@@ -38,3 +42,24 @@ def test_a_mistake_in_any_combination_is_found_before_the_first_run(tmp_path):
         main(["train", "lora", "model.model_name_or_path=m", "data.path=d", f"train.output_dir={tmp_path / 's'}",
               "-m", "weights=bf16,nf5", "--debug"])  # fmt: skip
     assert not (tmp_path / "s").exists()
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_leaves_the_run_the_time_to_save(number):
+    """The child saves for a second after a signal; a terminal sends Ctrl-C to both, a scheduler SIGTERM to us alone."""
+    child = f"""
+import signal, sys, time
+signal.signal({int(number)}, lambda *_: (time.sleep(1), sys.exit(75)))
+print("ready", flush=True)
+time.sleep(60)
+"""
+    sweep = f"import sys; from lowprec.sweep import _exit_code; print(_exit_code([sys.executable, '-c', {child!r}]))"
+    with subprocess.Popen(
+        [sys.executable, "-c", sweep], stdout=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+        if number == signal.SIGINT:
+            os.killpg(process.pid, number)
+        else:
+            process.send_signal(number)
+        assert process.communicate(timeout=60)[0] == "75\n"
