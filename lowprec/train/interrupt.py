@@ -1,13 +1,16 @@
 """SIGTERM and Ctrl-C: finish the step, save, leave. A second Ctrl-C stops at once."""
 
+import os
 import signal
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from types import FrameType
 
 EXIT_INTERRUPTED = 75
 """Exit code of a run that was asked to stop and has saved a checkpoint (sysexits' EX_TEMPFAIL: try again later)."""
+
+_TOLD = "\nlowprec: {}: finishing this step and saving a checkpoint; a second Ctrl-C stops at once.\n"
 
 
 @dataclass
@@ -22,13 +25,15 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT while the body runs."""
+    """Catch SIGTERM and SIGINT while the body runs, and say so at once: a step may take long."""
     request = StopRequest()
 
     def handle(number: int, frame: FrameType | None) -> None:
         if request and number == signal.SIGINT:
             raise KeyboardInterrupt
         request.signal_name = signal.Signals(number).name
+        with suppress(OSError):  # nobody may be reading any more; print is not safe here: one could be under way
+            os.write(2, _TOLD.format(request.signal_name).encode())
 
     previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
     try:

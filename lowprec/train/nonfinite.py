@@ -6,6 +6,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator
+from accelerate.utils import gather_object
 from torch import nn
 
 from lowprec.data import StepBatch
@@ -20,6 +21,8 @@ class NonFiniteError(UserError):
 
 def find_origin(model: nn.Module, batch: StepBatch, random_state: dict[str, Any], accelerator: Accelerator) -> str:
     """The first layer, in the order of computing, whose result is not finite. Waits for the device at every layer.
+
+    Every process calls this, each with its own part of the step, and gets the same answer.
 
     Args:
         model: with the weights that the step began with.
@@ -43,9 +46,10 @@ def find_origin(model: nn.Module, batch: StepBatch, random_state: dict[str, Any]
                 break
     if not origin:
         bad = [name for name, p in model.named_parameters() if p.grad is not None and not _finite(p.grad)]
-        origin.append(f"gradient of {bad[0]}" if bad else "the sum of several processes' gradients")
+        origin += [f"gradient of {bad[0]}"] if bad else []
     model.zero_grad(set_to_none=True)
-    return origin[0]
+    found = gather_object(origin)  # the bad sample may have been another process's
+    return found[0] if found else "sum over the micro-batches and processes"
 
 
 @contextmanager
