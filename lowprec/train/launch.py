@@ -5,6 +5,7 @@ from typing import Any
 
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
+from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import broadcast_object_list, parse_flag_from_env
 
 from lowprec.config import Recipe
@@ -66,6 +67,9 @@ def _trackers(report_to: list[str]) -> list[str]:
     for name in report_to:
         if name == AUTO:
             names += ["tensorboard"] if importlib.util.find_spec("tensorboard") else []
+        elif name not in LOGGER_TYPE_TO_CLASS:
+            known = ", ".join([AUTO, *LOGGER_TYPE_TO_CLASS])
+            raise UserError(f"train.report_to names {name}, which is no tracker of Accelerate. Those are: {known}.")
         elif importlib.util.find_spec(name) is None:
             raise UserError(
                 f"train.report_to names {name}, which is not installed: pip install {name}, or train.report_to=[]."
