@@ -46,7 +46,7 @@ def atomic_folder(
     except BaseException as error:
         written = sum(file.stat().st_size for file in writing.rglob("*") if file.is_file())
         shutil.rmtree(writing, ignore_errors=True)
-        if _is_disk_full(error):
+        if is_disk_full(error):
             raise UserError(_disk_full(target, max(needed_bytes - written, 1), keeps)) from error
         raise
     if target.exists():
@@ -152,6 +152,10 @@ def _disk_full(target: Path, missing: int, keeps: str) -> str:
     return f"The disk is full: {target} needs at least {missing:,} bytes more on {target.parent}.{kept}"
 
 
-def _is_disk_full(error: BaseException) -> bool:
+def is_disk_full(error: BaseException) -> bool:
+    """Whether an error says that the disk, or the user's share of it, is used up."""
     # safetensors wraps the operating system's error into one of its own and keeps only the text.
-    return getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in str(error).lower()
+    text = str(error).lower()
+    return (
+        getattr(error, "errno", None) in (errno.ENOSPC, errno.EDQUOT) or "os error 28" in text or "os error 122" in text
+    )

@@ -9,7 +9,7 @@ from enum import StrEnum
 from pathlib import Path
 from typing import Any, TextIO
 
-from lowprec.checkpoint import damage, newest_whole, remove_unfinished
+from lowprec.checkpoint import checkpoints, damage, newest_whole, remove_unfinished, step_of
 from lowprec.errors import UserError
 from lowprec.train.options import AUTO
 
@@ -121,7 +121,20 @@ def open_run(output_dir: str, resume_from_checkpoint: str | None) -> RunFolder |
                 f"train.resume_from_checkpoint={resume_from_checkpoint} cannot be used: {wrong}. Name another "
                 "checkpoint folder (step-N), or auto for the newest whole one."
             )
+        _refuse_branching(folder, folder.resume_from)
     return folder
+
+
+def _refuse_branching(folder: RunFolder, checkpoint: Path) -> None:
+    """Two lines of checkpoints in one folder: the older would later pass for the newest."""
+    if checkpoint.resolve().parent != folder.checkpoints.resolve():
+        return
+    newer = [other.name for other in checkpoints(folder.checkpoints) if step_of(other) > step_of(checkpoint)]
+    if newer:
+        raise UserError(
+            f"{checkpoint} is older than {', '.join(newer)} beside it. Choose another train.output_dir to branch off "
+            "from it, or remove the newer ones to take it up again here."
+        )
 
 
 def read_report(path: Path) -> dict[str, Any]:

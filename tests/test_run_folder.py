@@ -84,3 +84,12 @@ def test_metrics_of_steps_to_be_taken_again_are_dropped(tmp_path):
         file.write('{"step": 6, "lo')  # cut off by a kill
     folder.forget_metrics_after(3)
     assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2, 3]
+
+
+def test_an_older_checkpoint_is_not_taken_up_beside_newer_ones(tmp_path):
+    for step in (2, 4):
+        checkpoint(tmp_path / "checkpoints" / f"step-{step}")
+    with pytest.raises(UserError, match=r"older than step-4.*train\.output_dir"):
+        open_run(str(tmp_path), str(tmp_path / "checkpoints" / "step-2"))
+    assert open_run(str(tmp_path / "other"), str(tmp_path / "checkpoints" / "step-2")) is not None
+    assert open_run(str(tmp_path), str(tmp_path / "checkpoints" / "step-4")) is not None

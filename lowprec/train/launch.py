@@ -6,7 +6,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
-from accelerate.utils import broadcast_object_list, parse_flag_from_env
+from accelerate.utils import GradScalerKwargs, broadcast_object_list, parse_flag_from_env
 
 from lowprec.config import Recipe
 from lowprec.errors import UserError
@@ -34,6 +34,9 @@ def start_accelerator(recipe: Recipe) -> tuple[Accelerator, str | None]:
         mixed_precision=_PRECISION[recipe.model.dtype],
         log_with=_trackers(recipe.train.report_to) or None,
         project_dir=recipe.train.output_dir,
+        # fp16 only: a fixed loss scale. A scale that adapts is a state of its own, and it adapts by overflowing, which
+        # here would stop the run.
+        kwargs_handlers=[GradScalerKwargs(init_scale=1024.0, growth_interval=2**31 - 1)],
     )
     if accelerator.distributed_type not in _SUPPORTED:
         raise UserError(

@@ -1,7 +1,9 @@
 """``train(recipe)``: a run from a resolved recipe to its folder, readable top to bottom."""
 
 import math
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -10,16 +12,17 @@ from accelerate.utils import set_seed
 from rich.console import Console
 
 from lowprec.attention import attend_without_masks
-from lowprec.checkpoint import atomic_folder, prune
+from lowprec.checkpoint import atomic_folder, is_disk_full, prune
 from lowprec.config import Recipe
 from lowprec.data import StepBatch, StepLoader, fit_to_model, prepare_data
 from lowprec.display import Display
+from lowprec.errors import UserError
 from lowprec.model import COMPUTE_DTYPE, load_model, load_tokenizer
 from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
 from lowprec.prepare import wrap
 from lowprec.report import dtypes, peak_memory
-from lowprec.run_folder import RunFolder, Status
+from lowprec.run_folder import RunFolder, Status, read_report
 from lowprec.train.clock import Mark
 from lowprec.train.evaluation import answer, evaluate
 from lowprec.train.interrupt import StopRequest, stop_on_signals
@@ -28,7 +31,7 @@ from lowprec.train.nonfinite import NonFiniteError, find_origin
 from lowprec.train.out_of_memory import OutOfMemoryError, explain
 from lowprec.train.recorder import Recorder
 from lowprec.train.resume import check_same_run
-from lowprec.train.state import TrainState, random_state
+from lowprec.train.state import TrainState, random_state, trainable
 from lowprec.train.step import StepScalars, TrainStep
 
 
@@ -51,7 +54,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Status:
     if note is not None:
         console.print(note, highlight=False)
     if folder is None:
-        console.print(f"{recipe.train.output_dir} holds a finished run, and its final/ is whole. Nothing to do.")
+        console.print(_nothing_to_do(recipe), markup=False)
         return Status.FINISHED
     try:
         with stop_on_signals() as stop:
@@ -59,6 +62,17 @@ def train(recipe: Recipe, console: Console | None = None) -> Status:
     finally:
         accelerator.end_training()
         folder.close()
+
+
+def _nothing_to_do(recipe: Recipe) -> str:
+    steps = read_report(Path(str(recipe.train.output_dir))).get("steps")
+    text = f"{recipe.train.output_dir} holds a finished run of {steps} steps, and its final/ is whole. Nothing to do."
+    if recipe.train.max_steps not in (None, steps):
+        text += (
+            f" train.max_steps={recipe.train.max_steps} was not applied: to train on, resume from a checkpoint of this "
+            "run into another train.output_dir."
+        )
+    return text
 
 
 @dataclass
@@ -95,7 +109,7 @@ class Run:
     def execute(self) -> Status:
         """Build, resume or begin, take the steps, save what is due, report."""
         for message in self.folder.messages:
-            self.console.print(message)
+            self.console.print(message, markup=False)
         try:
             self._build()
             self._begin()
@@ -106,7 +120,14 @@ class Run:
             self._describe()
         except BaseException as error:
             if self._has_begun:  # before that nothing is written, so that the mended command can use the folder
-                self.recorder.report(Status.FAILED, self.progress, error=f"{type(error).__name__}: {error}")
+                with suppress(OSError):  # a full disk must not hide what went wrong
+                    self.recorder.report(Status.FAILED, self.progress, error=f"{type(error).__name__}: {error}")
+            if is_disk_full(error) and not isinstance(error, UserError):
+                last = self.recorder.last_checkpoint()
+                raise UserError(
+                    f"The disk of train.output_dir={self.folder.path} is full. "
+                    f"{f'{last} stays usable.' if last else 'There is no checkpoint yet.'}"
+                ) from error
             if isinstance(error, torch.OutOfMemoryError):
                 raise OutOfMemoryError(explain(self.recipe, self.model, self.optimizer)) from error
             raise
@@ -118,7 +139,8 @@ class Run:
         if stopped:
             self.console.print(
                 f"Stopped after step {self.progress['step']} as asked. {self.recorder.last_checkpoint()} is saved; the "
-                "same command with train.resume_from_checkpoint=auto goes on from it."
+                "same command with train.resume_from_checkpoint=auto goes on from it.",
+                markup=False,
             )
         else:
             self.recorder.finish(report, [(p.question, p.reference) for p in self.data.prompts])
@@ -135,9 +157,11 @@ class Run:
         if not recipe.data.packing:  # packed rows are cut by masks
             attend_without_masks(self.model)
         layers = wrap(self.model, recipe.weights, frozen=recipe.choice("adapter") != "none", device=device)
-        self.console.print(layers if layers.converted else layers.summary(), highlight=False)
+        plain = f"All {len(layers.rows)} linear layers stay in {recipe.model.dtype}."
+        self.console.print(layers if layers.converted else plain, highlight=False)
         self.model = recipe.adapter.attach(self.model)
-        self.model.config.use_cache = False
+        self._use_cache = self.model.config.use_cache
+        self.model.config.use_cache = False  # of no use in training; put back in what is saved
         if options.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.to(device).train()
@@ -200,13 +224,18 @@ class Run:
             facts["optimizer"] = self.optimizer.statistics(self.num_steps)
 
     def _begin(self) -> None:
-        self._has_begun = True
         checkpoint = self.folder.resume_from
         if checkpoint is not None:
             for message in check_same_run(self.recipe, checkpoint):
-                self.console.print(message)
+                self.console.print(message, markup=False)
             self.state.load(checkpoint, self.accelerator)
-            self.console.print(f"Resuming after step {self.progress['step']} from {checkpoint}.")
+            if self.progress["step"] > self.num_steps:
+                raise UserError(
+                    f"{checkpoint} has {self.progress['step']} steps behind it, more than this run's {self.num_steps}: "
+                    "set train.max_steps to at least that."
+                )
+            self.console.print(f"Resuming after step {self.progress['step']} from {checkpoint}.", markup=False)
+        self._has_begun = True
         self.recorder.begin(self.progress["step"])
         self.recorder.report(Status.RUNNING, self.progress)
 
@@ -315,7 +344,10 @@ class Run:
     def _save_final(self) -> None:
         if self.accelerator.is_main_process:
             last = self.recorder.last_checkpoint()
-            with atomic_folder(self.folder.final, keeps=f"{last} stays usable." if last else "") as writing:
+            needed = sum(tensor.nbytes for tensor in trainable(self.model).values())
+            keeps = f"{last} stays usable." if last else ""
+            self.model.config.use_cache = self._use_cache
+            with atomic_folder(self.folder.final, needed_bytes=needed, keeps=keeps) as writing:
                 self.recipe.adapter.save(self.model, writing, self.recipe.model)
                 self.tokenizer.save_pretrained(writing)
         self.accelerator.wait_for_everyone()

@@ -5,7 +5,7 @@ from typing import Any
 from accelerate import Accelerator
 from rich.console import Console
 
-from lowprec.checkpoint import newest_whole
+from lowprec.checkpoint import MANIFEST, checkpoints
 from lowprec.config import RECIPE_FILE, Recipe
 from lowprec.report import hardware, peak_memory, plot_loss, print_summary, speed, versions
 from lowprec.run_folder import RunFolder, Status
@@ -83,9 +83,9 @@ class Recorder:
         print_summary(report, self.folder.path, self.console)
 
     def last_checkpoint(self) -> str | None:
-        """The newest whole checkpoint, for messages."""
-        newest, _ = newest_whole(self.folder.checkpoints)
-        return str(newest) if newest else None
+        """The newest checkpoint, for messages: not verified, since that reads all of it."""
+        sealed = [folder for folder in checkpoints(self.folder.checkpoints) if (folder / MANIFEST).is_file()]
+        return str(sealed[-1]) if sealed else None
 
 
 def _plain(text: str) -> str:

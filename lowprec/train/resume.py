@@ -36,7 +36,7 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
     before |= _choices(stored)
     now |= _choices(mine)
     changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in _HARMLESS]
-    binding = [key for key in changed if key.startswith(_BINDING)]
+    binding = [key for key in changed if key.startswith(_BINDING) or key == "optimizer"]
     if binding:
         told = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in binding)
         raise UserError(

@@ -65,12 +65,30 @@ class TrainState:
             UserError: the checkpoint is of another model, adapter, or number of processes.
         """
         load_trainable(self.model, folder)
+        groups = [dict(group) for group in self.optimizer.param_groups]
         load_optimizer_states(self.optimizer, folder / OPTIMIZER)
         saved = json.loads((folder / PROGRESS).read_text())
-        self.schedule.load_state_dict(saved["schedule"])
+        self._load_schedule(saved["schedule"], groups)
         self.loader.load_state_dict(saved["loader"])
         self.progress.update(saved["progress"])
         _load_random(folder, accelerator.process_index)
+
+    def _load_schedule(self, saved: dict[str, Any], groups: list[dict[str, Any]]) -> None:
+        """Take the schedule's position from the checkpoint, and rates and decay from the recipe.
+
+        Args:
+            groups: the optimizer's groups as the recipe made them.
+        """
+        if not isinstance(self.schedule, torch.optim.lr_scheduler.LambdaLR):
+            self.schedule.load_state_dict(saved)
+            return
+        self.schedule.load_state_dict(saved | {"base_lrs": self.schedule.base_lrs})
+        for group, mine in zip(self.optimizer.param_groups, groups, strict=True):
+            group.update({key: mine[key] for key in ("weight_decay", "betas", "eps", "initial_lr") if key in mine})
+        factors = [factor(self.schedule.last_epoch) for factor in self.schedule.lr_lambdas]
+        for group, base, factor in zip(self.optimizer.param_groups, self.schedule.base_lrs, factors, strict=True):
+            group["lr"] = base * factor
+        self.schedule._last_lr = [group["lr"] for group in self.optimizer.param_groups]
 
     def _save_shared(self, folder: Path) -> None:
         tensors = {name: tensor.detach().cpu().contiguous() for name, tensor in trainable(self.model).items()}

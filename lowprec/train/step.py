@@ -90,6 +90,7 @@ class TrainStep:
         in_backward = getattr(self.bare_optimizer, "grad_norm", None)
         if in_backward is not None:
             return in_backward
+        self.accelerator.unscale_gradients(self.optimizer)
         return nn.utils.get_total_norm([p.grad for p in self.parameters if p.grad is not None])
 
     def _update(self) -> None:

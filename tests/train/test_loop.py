@@ -35,6 +35,7 @@ def test_full_run_leaves_a_folder_to_use(arguments, tmp_path, tiny):
     assert damage(folder / "final") is None
     assert "held-out loss" in printed and "step 7/7" in printed
 
+    assert json.loads((folder / "final" / "config.json").read_text()).get("use_cache", True)
     model = AutoModelForCausalLM.from_pretrained(folder / "final", dtype=torch.float32)
     tokenizer = AutoTokenizer.from_pretrained(folder / "final")
     before = AutoModelForCausalLM.from_pretrained(tiny / "model", dtype=torch.float32)

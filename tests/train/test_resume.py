@@ -129,7 +129,8 @@ def test_a_finished_run_is_left_alone(arguments, tmp_path):
     run("full", arguments(*common))
     before = (tmp_path / "run" / "report.json").read_text()
     status, printed = run("full", arguments(*common))
-    assert status is Status.FINISHED and "Nothing to do" in printed
+    assert status is Status.FINISHED and "Nothing to do" in printed and "not applied" not in printed
+    assert "train.max_steps=9 was not applied" in run("full", arguments(*common, "train.max_steps=9"))[1]
     assert (tmp_path / "run" / "report.json").read_text() == before
 
 
@@ -145,7 +146,12 @@ def test_more_steps_can_be_added_to_a_checkpoint(arguments, tmp_path):
 
 @pytest.mark.parametrize(
     ("change", "named"),
-    [("optimizer.master=none", "optimizer.master"), ("model.dtype=bf16", "model.dtype"), ("adapter=lora", "adapter")],
+    [
+        ("optimizer=adamw_8bit", "optimizer "),
+        ("optimizer.master=none", "optimizer.master"),
+        ("model.dtype=bf16", "model.dtype"),
+        ("adapter=lora", "adapter"),
+    ],
 )
 def test_another_recipe_cannot_resume(change, named, arguments, tmp_path):
     run("full", arguments("train.max_steps=2", "train.save_steps=2", output="first"))
@@ -159,3 +165,20 @@ def test_a_checkpoint_holds_no_pickle(arguments, tmp_path):
     files = [file for file in (tmp_path / "run" / "checkpoints").rglob("*") if file.is_file()]
     assert {file.suffix for file in files} <= {".safetensors", ".json", ".yaml"}
     assert load_file(tmp_path / "run" / "checkpoints" / "step-2" / "trainable.safetensors")
+
+
+def test_another_learning_rate_is_taken_from_the_recipe(arguments, tmp_path):
+    schedule = ("optimizer.lr_scheduler_type=constant", "optimizer.warmup_ratio=0")
+    run("full", arguments(*schedule, "train.max_steps=2", "train.save_steps=2", output="first"))
+    checkpoint = tmp_path / "first" / "checkpoints" / "step-2"
+    changed = ("optimizer.learning_rate=3e-3", "train.max_steps=4", f'train.resume_from_checkpoint="{checkpoint}"')
+    _, printed = run("full", arguments(*schedule, *changed, output="second"))
+    assert "optimizer.learning_rate was 0.01" in printed
+    assert [row["learning_rate"] for row in read_metrics(tmp_path / "second") if "loss" in row] == [3e-3, 3e-3]
+
+
+def test_fewer_steps_than_the_checkpoint_has_are_refused(arguments, tmp_path):
+    run("full", arguments("train.max_steps=4", "train.save_steps=4", output="first"))
+    checkpoint = tmp_path / "first" / "checkpoints" / "step-4"
+    with pytest.raises(UserError, match=r"train\.max_steps to at least"):
+        run("full", arguments("train.max_steps=2", f'train.resume_from_checkpoint="{checkpoint}"', output="second"))
