@@ -46,17 +46,22 @@ def test_killed_anywhere_and_resumed_is_bit_identical(kind, arguments, tmp_path)
     undisturbed.join()
     assert undisturbed.exitcode == 0
     chance = random.Random(kind)
-    for step in sorted(chance.sample(range(8), 4)):
+    kills, exitcode = 0, None
+    for step in sorted(chance.sample(range(7), 4)):
         process = forked(recipe, arguments(*common, output="killed"))
         while process.is_alive() and len(read_metrics(tmp_path / "killed")) < step:
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.1))
-        os.kill(process.pid, signal.SIGKILL)
+            time.sleep(0.001)
+        time.sleep(chance.uniform(0, 0.03))
+        process.kill()  # SIGKILL; of a process that was faster than this, nothing
         process.join()
-        assert process.exitcode == -signal.SIGKILL
-    last = forked(recipe, arguments(*common, output="killed"))
-    last.join()
-    assert last.exitcode == 0
+        exitcode = process.exitcode
+        kills += exitcode == -signal.SIGKILL
+        assert exitcode in (0, -signal.SIGKILL)
+    assert kills >= 2
+    if exitcode != 0:
+        last = forked(recipe, arguments(*common, output="killed"))
+        last.join()
+        assert last.exitcode == 0
     rows, weights = settled(tmp_path / "killed")
     expected_rows, expected_weights = settled(tmp_path / "undisturbed")
     assert rows == expected_rows
