@@ -26,7 +26,7 @@ finetune: setup
 
 # One thread a worker: two workers with two threads each would fight for two cores.
 test: setup
-	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(python) -m pytest -m "not gpu" -n 2 --dist worksteal
+	OMP_NUM_THREADS=1 TOKENIZERS_PARALLELISM=false $(python) -m pytest -m "not gpu" -n 2 --dist worksteal --durations=8
 
 test-gpu: setup
 	$(python) -m pytest -m gpu -rs

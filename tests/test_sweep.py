@@ -5,6 +5,7 @@ import os
 import signal
 import subprocess
 import sys
+from contextlib import suppress
 
 import pytest
 
@@ -57,9 +58,13 @@ time.sleep(60)
     with subprocess.Popen(
         [sys.executable, "-c", sweep], stdout=subprocess.PIPE, text=True, start_new_session=True
     ) as process:
-        assert process.stdout is not None and process.stdout.readline() == "ready\n"
-        if number == signal.SIGINT:
-            os.killpg(process.pid, number)
-        else:
-            process.send_signal(number)
-        assert process.communicate(timeout=60)[0] == "75\n"
+        try:
+            assert process.stdout is not None and process.stdout.readline() == "ready\n"
+            if number == signal.SIGINT:
+                os.killpg(process.pid, number)
+            else:
+                process.send_signal(number)
+            assert process.communicate(timeout=60)[0] == "75\n"
+        finally:
+            with suppress(ProcessLookupError):
+                os.killpg(process.pid, signal.SIGKILL)

@@ -66,7 +66,7 @@ def _build_slowly(folder: Path, log: Path, started: Path) -> None:
 
 
 def _spawn(tmp_path: Path) -> multiprocessing.Process:
-    process = multiprocessing.get_context("fork").Process(
+    process = multiprocessing.get_context("forkserver").Process(
         target=_build_slowly, args=(tmp_path / "c", tmp_path / "log", tmp_path / "started")
     )
     process.start()

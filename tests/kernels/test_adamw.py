@@ -50,7 +50,7 @@ SPECIAL_BITS = [
 ]
 
 
-@settings(max_examples=300, deadline=None)
+@settings(max_examples=300)
 @given(st.lists(st.one_of(st.integers(0, 2**32 - 1), st.sampled_from(SPECIAL_BITS)), min_size=1, max_size=64))
 def test_split_master_is_exact_and_its_weight_nearest(bits):
     """Every fp32 value, ties, carries into the exponent, negative and subnormal ones among them."""

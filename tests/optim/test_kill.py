@@ -15,7 +15,9 @@ from safetensors.torch import load_file
 def test_a_killed_run_ends_bit_identical(tmp_path, kills, options):
     command = [sys.executable, "-m", "tests.optim.killed_run", str(tmp_path), str(kills), json.dumps(options)]
     root, environment = Path(__file__).parents[2], os.environ | {"OMP_NUM_THREADS": "1"}
-    result = subprocess.run(command, cwd=root, env=environment, capture_output=True, text=True, check=False)
+    result = subprocess.run(
+        command, cwd=root, env=environment, capture_output=True, text=True, check=False, timeout=200
+    )
     assert result.returncode == 0, result.stderr
     facts = json.loads(result.stdout)
     assert len(facts["killed_at"]) == kills

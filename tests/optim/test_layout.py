@@ -17,7 +17,7 @@ FORMATS = [
 sizes = st.lists(st.tuples(st.integers(1, 3000), st.sampled_from(FORMATS)), min_size=1, max_size=8)
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=60)
 @given(sizes, st.one_of(st.none(), st.integers(BLOCK * 16, 40_000)))
 def test_chunks_cover_every_element_once_and_keep_it(parameters, chunk_bytes):
     numels = {

@@ -1,13 +1,13 @@
 import json
 import multiprocessing
 import os
+import time
 from collections.abc import Callable
 from io import StringIO
 from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 from accelerate.state import AcceleratorState
 from rich.console import Console
 
@@ -17,6 +17,7 @@ from lowprec.testing import save_tiny
 from lowprec.train.interrupt import EXIT_INTERRUPTED
 from lowprec.train.loop import train
 
+PRELOAD = ["bitsandbytes", "datasets", "peft", "transformers.models.llama.modeling_llama"]  # else read when used
 WORDS = ["blue", "green", "red", "yellow", "white", "black", "small", "large", "round", "flat", "cold", "warm"]
 
 
@@ -80,22 +81,44 @@ def run(recipe: str, arguments: list[str]) -> tuple[Status, str]:
     return status, output.getvalue()
 
 
-def forked(recipe: str, arguments: list[str]) -> Any:
-    """Train in a forked process, which starts in a moment because everything is imported already."""
-    torch.set_num_threads(1)  # a child cannot use threads that its parent has started
+def started(recipe: str, arguments: list[str]) -> Any:
+    """Train in a process of its own, which starts in a moment: it is forked from a server that imported everything.
 
-    def body() -> None:
-        with Path(os.devnull).open("w") as nowhere:
-            os.dup2(nowhere.fileno(), 2)
-            try:
-                status, _ = run(recipe, arguments)
-            except KeyboardInterrupt:
-                os._exit(130)  # as the command line does
-        os._exit({Status.FINISHED: 0, Status.INTERRUPTED: EXIT_INTERRUPTED}[status])
-
-    process = multiprocessing.get_context("fork").Process(target=body)
+    Not from the process of the tests: a fork keeps the locks that other threads held, and waits for them for ever.
+    """
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload([__name__, *PRELOAD])
+    process = context.Process(target=_train_and_exit, args=(recipe, arguments))
     process.start()
     return process
+
+
+def ended(process: Any) -> int:
+    """The exit code of ``process``; one that does not end is killed, and the test fails."""
+    process.join(timeout=120)
+    if process.exitcode is None:
+        process.kill()
+        process.join()
+        pytest.fail("the training process did not end within 120 s")
+    return process.exitcode
+
+
+def wait_for(condition: Callable[[], bool], process: Any) -> None:
+    """Wait until ``condition`` holds or ``process`` has ended."""
+    end = time.monotonic() + 120
+    while not condition() and process.is_alive():
+        assert time.monotonic() < end, "nothing happened for 120 s"
+        time.sleep(0.001)
+
+
+def _train_and_exit(recipe: str, arguments: list[str]) -> None:
+    with Path(os.devnull).open("w") as nowhere:
+        os.dup2(nowhere.fileno(), 2)
+        try:
+            status, _ = run(recipe, arguments)
+        except KeyboardInterrupt:
+            os._exit(130)  # as the command line does
+    os._exit({Status.FINISHED: 0, Status.INTERRUPTED: EXIT_INTERRUPTED}[status])
 
 
 def _last_wins(arguments: list[str]) -> list[str]:

@@ -1,6 +1,7 @@
 """``accelerate launch`` on two CPU processes: the losses of one process with the same effective batch."""
 
 import os
+import signal
 import subprocess
 import sys
 
@@ -19,10 +20,18 @@ def launch(num_processes: int, recipe: str, arguments: list[str]) -> None:
         "-m", "lowprec", "train", recipe, *arguments,
     ]  # fmt: skip
     environment = os.environ | {"OMP_NUM_THREADS": "1", "ACCELERATE_USE_CPU": "true"}
-    result = subprocess.run(command, capture_output=True, text=True, env=environment, timeout=250, check=False)
-    assert result.returncode == 0, result.stderr[-3000:]
+    with subprocess.Popen(
+        command, stderr=subprocess.PIPE, text=True, env=environment, start_new_session=True
+    ) as process:
+        try:
+            _, printed = process.communicate(timeout=250)
+        except BaseException:
+            os.killpg(process.pid, signal.SIGKILL)  # the launcher and all it started
+            raise
+    assert process.returncode == 0, printed[-3000:]
 
 
+@pytest.mark.timeout(600)
 @pytest.mark.parametrize("recipe", ["full", "lora"])
 def test_two_processes_give_the_losses_of_one(recipe, arguments, tmp_path):
     saving = ("train.save_steps=4", "train.eval_steps=2")
