@@ -1,0 +1,44 @@
+"""Energy and card hours as kWh, CO2e and a share of a card's life. Sources of the factors: docs/footprint.md."""
+
+from dataclasses import dataclass
+
+J_PER_KWH = 3.6e6
+WORLD_G_CO2E_PER_KWH = 473.0
+"""World average of generated electricity in 2024 (Ember, Global Electricity Review 2025)."""
+CARD_LIFE_HOURS = 5 * 365.25 * 24 * 0.6
+"""Five years at 60 % use."""
+CARD_EMBODIED_KG_CO2E = 164.0
+"""Of making one card: NVIDIA, product carbon footprint of an HGX H100 baseboard, 1312 kg for eight."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Footprint:
+    """What a run cost beside money."""
+
+    energy_kwh: float | None
+    """None where no energy is known."""
+    co2e_g: float | None
+    """From the energy alone."""
+    grid_g_co2e_per_kwh: float
+    gpu_hours: float
+    card_life_share: float
+    embodied_co2e_g: float
+    """The share of the card's life times what making it emitted."""
+
+
+def footprint(joules: float | None, gpu_hours: float, grid_g_co2e_per_kwh: float = WORLD_G_CO2E_PER_KWH) -> Footprint:
+    """Args:
+    joules: energy of the run, None where unknown.
+    gpu_hours: hours times cards; 0 without a card.
+    grid_g_co2e_per_kwh: intensity of the grid, grams of CO2 equivalent a kWh.
+    """
+    kwh = None if joules is None else joules / J_PER_KWH
+    share = gpu_hours / CARD_LIFE_HOURS
+    return Footprint(
+        energy_kwh=kwh,
+        co2e_g=None if kwh is None else kwh * grid_g_co2e_per_kwh,
+        grid_g_co2e_per_kwh=grid_g_co2e_per_kwh,
+        gpu_hours=gpu_hours,
+        card_life_share=share,
+        embodied_co2e_g=share * CARD_EMBODIED_KG_CO2E * 1e3,
+    )

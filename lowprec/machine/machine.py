@@ -1,0 +1,68 @@
+"""``Machine``: rates of one GPU (or of a processor without one), its links, its disk; and the times that follow."""
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from lowprec.errors import UserError
+from lowprec.machine.roofline import bound_ms
+
+KINDS = ("bf16", "fp16", "tf32", "fp32", "fp8", "int8")
+"""Kinds of products. ``fp32`` is PyTorch's default for fp32 tensors (no tf32); ``fp8`` and ``int8`` are lowprec's
+``scaled_matmul`` on codes, without the casts."""
+
+Correction = Callable[[str, int, int, int], float]
+"""(kind, m, n, k) -> what the bound is multiplied by."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Machine:
+    """Rates are those that a program reaches, not datasheet peaks; GB are 1e9 bytes, GiB 2**30."""
+
+    name: str
+    measured: bool
+    """Whether ``lowprec doctor --measure`` found the figures; else they follow from datasheets."""
+    vram_gib: float
+    """Device memory; of the processor's machine, 0."""
+    sm_count: int
+    """Streaming multiprocessors; of a processor, its cores."""
+    capability: tuple[int, int] | None
+    """CUDA compute capability; None for a processor."""
+    tflops: Mapping[str, float]
+    """Kind -> 1e12 operations a second of a large product (two operations a multiply-add)."""
+    memory_gb_per_s: float
+    """Device memory, bytes read and written both counted."""
+    h2d_gb_per_s: float
+    """From pinned host memory to the device."""
+    d2h_gb_per_s: float
+    disk_read_gb_per_s: float
+    disk_write_gb_per_s: float
+    disk_mixed_gb_per_s: float
+    """Bytes read plus bytes written, while as many are written as read."""
+    power_w: float | None
+    """The board's limit; None where none is known (a processor)."""
+    context_mib: float
+    """Device memory that a process holds before its first tensor."""
+    launch_us: float
+    """The least time of a kernel."""
+    assumed: tuple[str, ...] = ()
+    """Names of the fields that are assumptions about a typical machine, neither measured nor in a datasheet."""
+    correction: Correction | None = field(default=None, repr=False)
+    """Fitted to measured products; None leaves the bound as it is."""
+
+    def product_ms(self, kind: str, m: int, n: int, k: int) -> float:
+        """Predicted ms of ``[m, k] @ [k, n]`` on this machine.
+
+        Raises:
+            UserError: the machine has no units for that kind, or nothing is known of them.
+        """
+        if kind not in self.tflops:
+            known = ", ".join(self.tflops)
+            raise UserError(f"{self.name} runs no {kind} products that are known here; it runs {known}.")
+        if 0 in (m, n, k):
+            return self.launch_us / 1e3
+        bound = bound_ms(kind, m, n, k, self.tflops[kind], self.memory_gb_per_s, self.sm_count, self.launch_us)
+        return bound * (self.correction(kind, m, n, k) if self.correction else 1.0)
+
+    def traffic_ms(self, num_bytes: float) -> float:
+        """Predicted ms of a kernel that moves ``num_bytes`` of device memory, read and written, and little else."""
+        return self.launch_us / 1e3 + num_bytes / self.memory_gb_per_s / 1e6
