@@ -13,8 +13,9 @@ import torch
 from lowprec_kernels.scaled_matmul.cases import LAYERS
 from torch import nn
 
-from lowprec.bench.measure import BenchResult, graph_milliseconds, milliseconds, need_gpu
+from lowprec.bench.measure import BenchResult, need_gpu
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Fp8Hadamard, Int8Hadamard
+from lowprec.machine.timing import graph_milliseconds, milliseconds
 from lowprec.prepare import as_scheme
 
 PEERS = ("tensorwise", "rowwise", "rowwise_with_gw_hp")

@@ -7,7 +7,8 @@ from lowprec_kernels.quantize_rows.reference import FP8
 from lowprec_kernels.scaled_matmul.cases import LAYERS, Case, products
 
 from lowprec import ops
-from lowprec.bench.measure import BenchResult, milliseconds, need_gpu
+from lowprec.bench.measure import BenchResult, need_gpu
+from lowprec.machine.timing import milliseconds
 from lowprec.ops.scaled_matmul import BACKENDS
 
 

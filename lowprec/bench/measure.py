@@ -1,8 +1,6 @@
-"""What the GPU benchmarks share: the clock, the copy bandwidth, and a result that prints as a table and writes JSON."""
+"""What the GPU benchmarks share: a result that prints as a table and writes JSON. The clock: lowprec.machine.timing."""
 
 import json
-import statistics
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -52,43 +50,6 @@ def machine() -> dict[str, str]:
 
     gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "none: references on the CPU"
     return {"gpu": gpu, "torch": torch.__version__, "triton": triton.__version__}
-
-
-def milliseconds(run: Callable[[], object], repeat_ms: int = 60) -> float:
-    """Median time on the device, the L2 cache flushed before each call."""
-    from triton.testing import do_bench
-
-    return do_bench(run, warmup=20, rep=repeat_ms, return_mode="median")
-
-
-def graph_milliseconds(run: Callable[[], object], repeats: int = 30) -> float:
-    """Median time of replays of a CUDA graph of ``run``: no gaps between kernels, whatever the host is doing."""
-    stream = torch.cuda.Stream()
-    with torch.cuda.stream(stream):
-        for _ in range(3):
-            run()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        run()
-    flush = torch.empty(2**28, dtype=torch.int8, device="cuda")
-    times = []
-    for _ in range(repeats):
-        flush.zero_()
-        begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-        begin.record()
-        graph.replay()
-        end.record()
-        end.synchronize()
-        times.append(begin.elapsed_time(end))
-    return statistics.median(times)
-
-
-def copy_bandwidth(nbytes: int) -> float:
-    """GB/s of a device-to-device copy that moves ``nbytes`` in all, bytes read and written both counted."""
-    source = torch.empty(nbytes // 2, dtype=torch.uint8, device="cuda")
-    target = torch.empty_like(source)
-    return nbytes / milliseconds(lambda: target.copy_(source)) / 1e6
 
 
 def _text(value: object) -> str:

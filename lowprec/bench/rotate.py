@@ -6,8 +6,9 @@ from lowprec_kernels.quantize_rows.cases import LARGE_DIMS, LARGE_ELEMENTS, Case
 from lowprec_kernels.quantize_rows.reference import FP8
 
 from lowprec import ops
-from lowprec.bench.measure import BenchResult, copy_bandwidth, milliseconds, need_gpu
+from lowprec.bench.measure import BenchResult, need_gpu
 from lowprec.layers.products import GRADIENT_BLOCK
+from lowprec.machine.timing import copy_bandwidth, milliseconds
 
 
 def run(tokens: int = 8192) -> BenchResult:

@@ -11,7 +11,6 @@ import copy
 import hashlib
 import json
 import os
-import time
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
@@ -21,6 +20,7 @@ from torch import nn
 
 from lowprec.errors import UserError
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Fp8Hadamard, Int8Hadamard
+from lowprec.machine.timing import milliseconds
 from lowprec.option import option
 
 CANDIDATES: tuple[type[EightBit], ...] = (Fp8, Fp8Hadamard, Int8Hadamard)
@@ -197,7 +197,7 @@ def _machine(device: torch.device) -> str:
 
 
 def _time(layer: nn.Linear, tokens: int, frozen: bool) -> float:
-    """Median ms of forward and backward of a layer."""
+    """ms of forward and backward of a layer."""
     weight = layer.weight
     x = torch.randn(tokens, layer.in_features, device=weight.device).to(weight.dtype).requires_grad_()
     error = torch.randn(tokens, layer.out_features, device=weight.device).to(weight.dtype)
@@ -206,13 +206,4 @@ def _time(layer: nn.Linear, tokens: int, frozen: bool) -> float:
     def step() -> None:
         torch.autograd.grad(layer(x), wanted, error)
 
-    if weight.device.type == "cuda":
-        from triton.testing import do_bench
-
-        return do_bench(step, warmup=20, rep=60, return_mode="median")
-    times = []
-    for _ in range(3):
-        begin = time.perf_counter()
-        step()
-        times.append((time.perf_counter() - begin) * 1e3)
-    return sorted(times)[1]
+    return milliseconds(step, device=weight.device)
