@@ -22,6 +22,7 @@ from lowprec.data import Data
 from lowprec.errors import UserError
 from lowprec.model import Model
 from lowprec.option import option_names
+from lowprec.profiling.options import Profile
 from lowprec.recipes import SHIPPED, shipped_recipes
 from lowprec.train.options import Train
 
@@ -53,6 +54,7 @@ class Recipe:
     optimizer: Any = MISSING
     state_store: Any = MISSING
     train: Train = field(default_factory=Train)
+    profile: Profile = field(default_factory=Profile)
 
     def choice(self, group: str) -> str:
         """The name of the option chosen in a group: ``recipe.choice("weights") == "nf4"``."""

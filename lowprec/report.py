@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from lowprec import __version__
+from lowprec.profiling.phases import PHASES
 
 GIB = 2**30
 _PACKAGES = (
@@ -101,6 +102,19 @@ def speed(rows: list[dict[str, Any]]) -> dict[str, float]:
     }
 
 
+def phases(rows: list[dict[str, Any]]) -> dict[str, Any]:
+    """``phases_ms``: medians of the times by phase, over the same steps as ``speed``. Empty where none were taken."""
+    steps = [row for row in rows if "forward_ms" in row]
+    steps = steps[1:] if len(steps) > 1 else steps
+    names = [f"{name}_ms" for name in (*PHASES, "disk_wait", "host_sync")]
+    medians = {
+        name.removesuffix("_ms"): round(statistics.median(row.get(name, 0.0) for row in steps), 2)
+        for name in names
+        if any(name in row for row in steps)
+    }
+    return {"phases_ms": medians} if medians else {}
+
+
 def print_summary(report: dict[str, Any], folder: Path, console: Console) -> None:
     """The short table that ends a run."""
     table = Table(title=f"{report['recipe']}: {report['status']} after {report['steps']} steps", title_justify="left")
@@ -113,6 +127,8 @@ def print_summary(report: dict[str, Any], folder: Path, console: Console) -> Non
         speeds = f"{report['tokens_per_second']:,.0f} ({report['all_tokens_per_second']:,.0f} with prompts and padding)"
         table.add_row("trained tokens/s", speeds)
         table.add_row("step time, median", f"{report['step_time_ms_p50']:,.0f} ms")
+    if "phases_ms" in report:
+        table.add_row("of it", shares(report["phases_ms"]))
     if report["peak_vram_gib"]:
         table.add_row("peak VRAM", f"{report['peak_vram_gib']:.2f} GiB")
     table.add_row("peak RAM", f"{report['peak_ram_gib']:.2f} GiB")
@@ -122,6 +138,13 @@ def print_summary(report: dict[str, Any], folder: Path, console: Console) -> Non
     table.add_row("computed in", report["dtypes"]["compute"])
     table.add_row("run folder", str(folder))
     console.print(table)
+
+
+def shares(phases_ms: dict[str, float]) -> str:
+    """``backward 61 %, forward 30 %, ...``: the parts of a step, the largest first."""
+    parts = {name: phases_ms[name] for name in PHASES if phases_ms.get(name)}
+    total = sum(parts.values())
+    return ", ".join(f"{name} {ms / total:.0%}" for name, ms in sorted(parts.items(), key=lambda part: -part[1]))
 
 
 def plot_loss(rows: list[dict[str, Any]], target: Path, title: str) -> None:

@@ -18,7 +18,7 @@ from lowprec.optim.layout import Chunk, gather, scatter
 from lowprec.optim.saved_chunks import SavedChunks
 from lowprec.optim.steps import Round, StepCounts
 from lowprec.optim.stores import open_store
-from lowprec.optim.traffic import drive_facts
+from lowprec.optim.traffic import Traffic, drive_facts
 from lowprec.optim.update import Slice, update
 
 
@@ -244,6 +244,11 @@ class AdamW(torch.optim.Optimizer):
             "steps": self._num_steps,
         }
         return facts | drive_facts(self._store.traffic, self._num_steps, num_steps, self._drive_tbw)
+
+    @property
+    def traffic(self) -> Traffic | None:
+        """What the store has moved to and from a disk, and how long training waited for it; None without a disk."""
+        return self._store.traffic
 
     @property
     def notes(self) -> list[str]:

@@ -21,6 +21,7 @@ from lowprec.model import COMPUTE_DTYPE, load_model, load_tokenizer
 from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
 from lowprec.prepare import wrap
+from lowprec.profiling.probe import Probes
 from lowprec.report import dtypes, peak_memory
 from lowprec.run_folder import RunFolder, Status, read_report
 from lowprec.train.clock import Mark
@@ -97,6 +98,7 @@ class Run:
         self.model: Any = None
         self.optimizer: torch.optim.Optimizer | None = None
         self._has_begun = False
+        self._trained_s = 0.0
         self.progress: dict[str, Any] = {
             "step": 0,
             "trained_tokens": 0,
@@ -165,6 +167,10 @@ class Run:
         if options.gradient_checkpointing:
             self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
         self.model.to(device).train()
+        fused = recipe.adapter.fuse(self.model)
+        if fused is not None:
+            self.console.print(fused.summary(), markup=False, highlight=False)
+            self.recorder.facts["lora"] = fused.to_dict()
         data_notes = fit_to_model(self.data, self.model)
         self.optimizer = recipe.optimizer.build(self.model, recipe.state_store)
         self.loader = StepLoader(
@@ -184,6 +190,7 @@ class Run:
         self.wrapped = self.accelerator.prepare_model(self.model)
         prepared_optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.step = TrainStep(self.wrapped, prepared_optimizer, self.schedule, self.accelerator, options.max_grad_norm)
+        self.probes = Probes([self.step.phases] if recipe.profile.in_training else [])
         notes = data_notes + recipe.optimizer.warnings(self.model, recipe.state_store)
         notes += getattr(self.optimizer, "notes", [])
         for note in notes:
@@ -220,6 +227,8 @@ class Run:
             summary.padding_share = self.loader.padding_share
         facts["data"] = summary.to_dict()
         facts["dtypes"] = dtypes(self.model, self.optimizer, COMPUTE_DTYPE[self.recipe.model.dtype])
+        if self._trained_s and self.probes.probes:
+            facts["probe_cost_share"] = round(self.probes.host_s / self._trained_s, 5)
         if isinstance(self.optimizer, AdamW):
             facts["optimizer"] = self.optimizer.statistics(self.num_steps)
 
@@ -250,6 +259,7 @@ class Run:
             self.progress.update(eval_loss_before=self.progress["eval_loss"], answers_before=self.progress["answers"])
         pending: _Pending | None = None
         mark = Mark(self.accelerator.device)
+        self.step.phases.begin()
         for batch in self.loader:
             step = self.progress["step"] + 1
             if step > self.num_steps:
@@ -272,10 +282,12 @@ class Run:
                 if stopping and not last:
                     return True
                 mark = Mark(self.accelerator.device)
+                self.step.phases.begin()
         return False
 
     def _launch(self, step: int, batch: StepBatch, begin: Mark) -> _Pending:
         chance, learning_rate = random_state(), self.schedule.get_last_lr()[0]
+        self.probes.on_step_start()
         scalars = self.step(batch, stop=bool(self.stop))
         self.progress["step"] = step
         self.progress["trained_tokens"] += batch.num_trained_tokens_global
@@ -289,16 +301,19 @@ class Run:
 
     def _finish(self, pending: _Pending) -> bool:
         """Wait for a step, write its row of metrics; True where a process was asked to stop."""
-        loss, grad_norm, bad, stop = pending.scalars.read()
+        with self.step.phases.waiting():
+            loss, grad_norm, bad, stop = pending.scalars.read()
         if bad:
             self._fail(pending, loss, grad_norm)
         seconds = pending.scalars.end.seconds_since(pending.begin)
+        self._trained_s += seconds
         row = pending.row | {
             "loss": loss,
             "grad_norm": grad_norm,
             "tokens_per_second": round(pending.batch.num_trained_tokens_global / seconds, 1),
             "all_tokens_per_second": round(pending.batch.num_tokens_global / seconds, 1),
             "step_time_ms": round(seconds * 1000, 2),
+            **self.probes.on_step_end(),
             **peak_memory(),
         }
         self.recorder.row(row)

@@ -7,7 +7,7 @@ from rich.console import Console
 
 from lowprec.checkpoint import MANIFEST, checkpoints
 from lowprec.config import RECIPE_FILE, Recipe
-from lowprec.report import hardware, peak_memory, plot_loss, print_summary, speed, versions
+from lowprec.report import hardware, peak_memory, phases, plot_loss, print_summary, speed, versions
 from lowprec.run_folder import RunFolder, Status
 
 
@@ -51,6 +51,7 @@ class Recorder:
             "tokens_per_second": None,
             "step_time_ms_p50": None,
             **speed(self._rows),
+            **phases(self._rows),
             **peak_memory(),
             **self.facts,
             "answers_before": progress["answers_before"],

@@ -10,6 +10,7 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowprec.data import StepBatch
+from lowprec.profiling.phases import Phases
 from lowprec.train.clock import Mark
 
 Inputs = dict[str, torch.Tensor]
@@ -60,6 +61,8 @@ class TrainStep:
         self.max_grad_norm = max_grad_norm
         self.parameters = [parameter for parameter in model.parameters() if parameter.requires_grad]
         self.bad = torch.zeros((), dtype=torch.float32, device=accelerator.device)
+        self.phases = Phases(accelerator.device, getattr(self.bare_optimizer, "traffic", None))
+        """Told where the step stands; measures nothing until it is made a probe of a loop."""
 
     def __call__(self, batch: StepBatch, stop: bool) -> StepScalars:
         """Take one step.
@@ -74,15 +77,20 @@ class TrainStep:
         for index, inputs in enumerate(batch.micro_batches):
             last = index == len(batch.micro_batches) - 1
             with accelerator.no_sync(self.model) if not last else nullcontext():
+                self.phases.enter("forward")
                 loss = loss_sum(self.model, inputs) * scale
+                self.phases.enter("backward")
                 accelerator.backward(loss)
             total += loss.detach()
+        self.phases.enter("optimizer")
         grad_norm = self._clip()
         shared = accelerator.reduce(torch.stack([total, torch.full_like(total, float(stop))]), reduction="sum")
         loss = shared[0] / accelerator.num_processes
         self.bad = torch.maximum(self.bad, 1.0 - torch.isfinite(loss + grad_norm).float())
         self._update()
-        return self._send(torch.stack([loss, grad_norm.float(), self.bad, shared[1]]))
+        scalars = self._send(torch.stack([loss, grad_norm.float(), self.bad, shared[1]]))
+        self.phases.leave()
+        return scalars
 
     def _clip(self) -> torch.Tensor:
         if self.max_grad_norm is not None:
