@@ -26,6 +26,8 @@ if TYPE_CHECKING:
     from peft import PeftModel
     from transformers import PreTrainedModel
 
+    from lowprec.lora import FuseReport
+
 ALL_LINEAR = "all-linear"
 
 
@@ -38,6 +40,9 @@ class NoAdapter:
 
     def attach(self, model: "PreTrainedModel") -> "PreTrainedModel":
         return model
+
+    def fuse(self, model: "PreTrainedModel") -> None:
+        """There is nothing to fuse."""
 
     def save(self, model: "PreTrainedModel", folder: Path, options: Model) -> None:
         """Write the whole model as plain transformers reads it."""
@@ -68,6 +73,9 @@ class Lora:
     rank_pattern: dict[str, int] = field(default_factory=dict)
     """Other ranks for some layers: name or regular expression -> r."""
     alpha_pattern: dict[str, int] = field(default_factory=dict)
+    fused: bool = True
+    """Compute the projections of one input together, by one function that keeps the least for backward
+    (docs/lora.md). What it cannot compute (dropout, DoRA, ...) takes PEFT's path, and the report says so."""
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.lora_alpha < 1:
@@ -120,6 +128,12 @@ class Lora:
             peft_model = get_peft_model(model, config)
         _train_in_fp32(peft_model, dtype)
         return peft_model
+
+    def fuse(self, model: "PeftModel") -> "FuseReport | None":
+        """Switch the layers of ``model``, which is on its device, to the fused product; None with ``fused=False``."""
+        from lowprec.lora import fuse
+
+        return fuse(model) if self.fused else None
 
     def save(self, model: "PeftModel", folder: Path, options: Model) -> None:
         """Write ``adapter_model.safetensors`` in fp32, as trained, and ``adapter_config.json``, which names the base.

@@ -55,6 +55,26 @@ def decoded_weight(codes: Codes, plan: Plan, dtype: torch.dtype) -> torch.Tensor
     return _rotated(dequantize(codes.codes, codes.scale), plan.in_block).to(dtype)
 
 
+class SharedInput:
+    """The input ``[tokens, in]`` of several products, quantised once for each way in which they want it."""
+
+    def __init__(self, x: torch.Tensor):
+        self.x = x
+        self._codes: dict[tuple, Codes] = {}
+
+    def codes(self, plan: Plan) -> Codes:
+        """As the forward product of ``plan`` reads it."""
+        key = (plan.dtype, plan.in_block, plan.scale)
+        if key not in self._codes:
+            self._codes[key] = _rows(self.x, plan.in_block, plan.scale, plan.dtype)
+        return self._codes[key]
+
+
+def shared_forward_product(inputs: SharedInput, weight: Codes, bias: torch.Tensor | None, plan: Plan) -> torch.Tensor:
+    """Y in the dtype of X, of an input that other products read, too."""
+    return scaled_matmul(*inputs.codes(plan), *weight, bias, inputs.x.dtype, plan.fast_accumulation)
+
+
 def forward_product(
     x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, plan: Plan, out_dtype: torch.dtype
 ) -> tuple[torch.Tensor, Codes]:

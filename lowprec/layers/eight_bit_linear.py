@@ -11,8 +11,13 @@ from lowprec.errors import UserError
 from lowprec.layers.eight_bit import (
     Codes,
     FrozenProduct,
+    SharedInput,
     TrainedProduct,
     decoded_weight,
+    error_codes,
+    frozen_transposed_weight,
+    input_gradient,
+    shared_forward_product,
     transposed_weight,
     weight_codes,
 )
@@ -185,6 +190,20 @@ class FrozenEightBitLinear(_EightBitLinear):
         backward = None if self.backward_codes is None else self.backward_codes.view(self.plan.dtype)
         scale = self.backward_bits.view(torch.float32)
         return FrozenProduct.apply(x, self.bias, *self._codes(), backward, scale, self.plan)
+
+    def base_product(self, inputs: SharedInput, bias: torch.Tensor | None) -> torch.Tensor:
+        """Y = X W^T + b, ``[tokens, out]``, without autograd: for functions of more than this layer."""
+        return shared_forward_product(inputs, self._codes(), bias, self.plan)
+
+    def base_gradient(self, error: torch.Tensor) -> torch.Tensor:
+        """E W, ``[tokens, in]``, for ``error [tokens, out]``, without autograd."""
+        scale = self.backward_bits.view(torch.float32)
+        if self.backward_codes is None:
+            codes = frozen_transposed_weight(self._codes(), scale, self.plan)
+        else:
+            codes = Codes(self.backward_codes.view(self.plan.dtype), scale)
+        rows = error_codes(error, self.plan, None)
+        return input_gradient(rows, codes, self.plan, error.shape[0], error.dtype)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
         warnings.warn(

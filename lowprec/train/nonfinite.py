@@ -75,7 +75,7 @@ def _watch(model: nn.Module, origin: list[str]) -> Iterator[None]:
         return hook
 
     for name, module in model.named_modules():
-        if not list(module.children()):
+        if not list(module.children()) or hasattr(module, "place"):  # a fused LoRA layer does not call its parts
             hooks.append(module.register_forward_hook(forward(name)))
     try:
         yield

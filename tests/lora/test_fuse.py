@@ -1,0 +1,257 @@
+"""Fused LoRA against PEFT's own composition, in models."""
+
+import copy
+
+import pytest
+import torch
+from peft import LoraConfig, PeftModel, get_peft_model
+from torch import nn
+
+import lowprec
+from lowprec.adapter import Lora
+from lowprec.lora import fuse
+from lowprec.lora.layers import Handoff
+from lowprec.testing import ARCHITECTURES, sqnr_db, tiny_model
+
+IDS = torch.arange(24).reshape(2, 12)
+GROUPS = {"llama": {3: 2, 2: 2, 1: 4}, "qwen3": {3: 2, 2: 2, 1: 4}, "gemma": {3: 2, 2: 2, 1: 4},
+          "mistral": {3: 2, 2: 2, 1: 4}, "phi": {3: 2, 1: 6}, "gpt2": {1: 8}, "opt": {3: 2, 1: 6}}  # fmt: skip
+
+
+def adapted(arch="llama", dtype=torch.float32, weights="bf16", **options):
+    """A model whose B are not zero, and whose adapters have at least fp32."""
+    model = tiny_model(arch, dtype=dtype)
+    lowprec.wrap(model, weights, frozen=True)
+    peft = Lora(r=4, **options).attach(model).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in peft.parameters():
+        if parameter.requires_grad:
+            parameter.data = parameter.data.to(torch.promote_types(dtype, torch.float32))
+            parameter.data += 0.05 * torch.randn(parameter.shape, generator=generator)
+    return peft
+
+
+def both(**kwargs):
+    plain = adapted(**kwargs)
+    fused = copy.deepcopy(plain)
+    return plain, fused, fuse(fused)
+
+
+def gradients(model, ids=IDS):
+    model.zero_grad(set_to_none=True)
+    loss = model(input_ids=ids, labels=ids).loss
+    loss.backward()
+    return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+
+
+@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
+def test_losses_and_gradients_equal_pefts(arch, dtype, tolerance):
+    plain, fused, report = both(arch=arch, dtype=dtype)
+    assert report.sizes() == GROUPS[arch] and not report.on_peft and not report.notes
+    (loss, wanted), (found_loss, found) = gradients(plain), gradients(fused)
+    torch.testing.assert_close(found_loss, loss, rtol=tolerance, atol=tolerance)
+    assert found.keys() == wanted.keys() and len(found) >= 16
+    for name, grad in wanted.items():
+        assert found[name].dtype == grad.dtype
+        torch.testing.assert_close(found[name], grad, rtol=100 * tolerance, atol=tolerance)
+
+
+@pytest.mark.parametrize("weights", ["fp8", "int8_hadamard"])
+def test_over_an_8_bit_base_the_numbers_are_the_same(weights):
+    """The base's codes and their products are the very same, so only the order of sums differs."""
+    plain, fused, report = both(weights=weights)
+    assert report.sizes() == GROUPS["llama"]
+    (loss, wanted), (found_loss, found) = gradients(plain), gradients(fused)
+    # A difference in the last bit of an activation moves some of the next layer's codes by a step.
+    assert abs(found_loss - loss) < 2e-4 * loss
+    assert all(sqnr_db(grad, found[name]) > 30 for name, grad in wanted.items())
+
+
+def test_bf16_under_autocast_is_as_close_to_fp32_as_pefts():
+    wide = adapted(dtype=torch.float32)
+    with torch.no_grad():
+        for p in wide.parameters():
+            p.copy_(p.bfloat16() if not p.requires_grad else p)
+    plain, fused, _ = both(dtype=torch.bfloat16)
+    exact = gradients(wide)[1]
+    with torch.autocast("cpu", torch.bfloat16):
+        peft, mine = gradients(plain)[1], gradients(fused)[1]
+    for name, grad in exact.items():
+        assert mine[name].dtype == torch.float32
+        assert sqnr_db(grad, mine[name]) > min(sqnr_db(grad, peft[name]) - 3, 40), name
+
+
+@pytest.mark.parametrize("reentrant", [True, False])
+def test_gradient_checkpointing_recomputes_the_same(reentrant):
+    _, fused, _ = both(dtype=torch.float64)
+    wanted = gradients(fused)[1]
+    fused.train()
+    if reentrant:
+        fused.enable_input_require_grads()
+    fused.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": reentrant})
+    found = gradients(fused)[1]
+    assert found.keys() == wanted.keys()
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-12, atol=1e-14)
+
+
+def test_what_peft_does_stays_pefts(tmp_path):
+    plain, fused, _ = both()
+    assert list(plain.state_dict()) == list(fused.state_dict())
+    with torch.no_grad():
+        expected = plain(input_ids=IDS).logits
+        with plain.disable_adapter(), fused.disable_adapter():
+            assert torch.equal(plain(input_ids=IDS).logits, fused(input_ids=IDS).logits)
+        torch.testing.assert_close(fused(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+        fused.merge_adapter()
+        torch.testing.assert_close(fused(input_ids=IDS).logits, expected, rtol=1e-4, atol=1e-5)
+        fused.unmerge_adapter()
+        fused.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        fused.set_adapter("other")
+        plain.add_adapter("other", LoraConfig(r=2, target_modules=["q_proj"]))
+        plain.set_adapter("other")
+        torch.testing.assert_close(fused(input_ids=IDS).logits, plain(input_ids=IDS).logits)
+        fused.set_adapter("default")
+    fused.save_pretrained(tmp_path, selected_adapters=["default"])
+    again = PeftModel.from_pretrained(tiny_model("llama"), tmp_path)
+    torch.testing.assert_close(again(input_ids=IDS).logits, expected, rtol=1e-5, atol=1e-6)
+    assert type(fused.merge_and_unload()) is type(tiny_model("llama"))
+
+
+@pytest.mark.parametrize("options, reason", [({"lora_dropout": 0.1}, "lora_dropout"), ({"use_dora": True}, "Dora")])
+def test_what_cannot_be_fused_is_named(options, reason):
+    peft = Lora(r=4, **options).attach(tiny_model("llama"))
+    classes = {type(module) for module in peft.modules()}
+    report = fuse(peft)
+    assert not report.groups and len(report.on_peft) == 14 and classes == {type(module) for module in peft.modules()}
+    (why,) = report.reasons()
+    assert reason in why and reason in report.summary() and report.to_dict()["reasons"] == {why: 14}
+
+
+def test_two_adapters_and_trained_bases_take_pefts_path():
+    peft = adapted()
+    peft.add_adapter("second", LoraConfig(r=2, target_modules=["q_proj"]))
+    peft.base_model.set_adapter(["default", "second"])
+    assert set(fuse(peft).reasons()) == {"2 adapters are active"}
+    peft = adapted()
+    peft.base_model.model.model.layers[0].mlp.down_proj.base_layer.weight.requires_grad_(True)
+    report = fuse(peft)
+    assert report.reasons() == {"its base weight is trained": 1} and sum(map(len, report.groups)) == 13
+
+
+@pytest.mark.parametrize("bias", ["lora_only", "all"])
+def test_trained_biases_of_the_base_get_their_gradients(bias):
+    plain, fused, _ = both(arch="opt", dtype=torch.float64, bias=bias)
+    wanted, found = gradients(plain)[1], gradients(fused)[1]
+    assert found.keys() == wanted.keys() and any(name.endswith("base_layer.bias") for name in found)
+    for name, grad in wanted.items():
+        torch.testing.assert_close(found[name], grad, rtol=1e-10, atol=1e-12)
+
+
+def test_another_model_is_untouched():
+    other = adapted()
+    before = {name: type(module) for name, module in other.named_modules()}
+    fuse(adapted())
+    assert before == {name: type(module) for name, module in other.named_modules()}
+    assert not any("forward" in vars(module) for module in other.modules())
+
+
+class Odd(nn.Module):
+    """A block that calls its projections in ways that a Llama does not."""
+
+    def __init__(self, way):
+        super().__init__()
+        self.embed = nn.Embedding(16, 8)
+        self.q_proj, self.k_proj, self.v_proj = (nn.Linear(8, 8) for _ in range(3))
+        self.way = way
+
+    def get_input_embeddings(self):
+        return self.embed
+
+    def forward(self, input_ids, **kwargs):
+        x = self.embed(input_ids)
+        q = self.q_proj(x)
+        if self.way == "raises" and input_ids.shape[-1] == 5:
+            raise RuntimeError("in between")
+        if self.way == "in place" and input_ids.shape[-1] == 5:
+            x.mul_(2)
+        if self.way == "skips" and input_ids.shape[-1] == 5:
+            return q
+        if self.way == "another input":
+            x = x + 1
+        k = self.k_proj(x)
+        if self.way == "twice":
+            k = k + self.k_proj(q)
+        return q + k * self.v_proj(x)
+
+
+def odd(way):
+    torch.manual_seed(0)
+    peft = get_peft_model(Odd(way), LoraConfig(r=2, target_modules=["q_proj", "k_proj", "v_proj"]))
+    for name, parameter in peft.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    return peft, copy.deepcopy(peft)
+
+
+@pytest.mark.parametrize("way, sizes", [("in place", {3: 1}), ("skips", {3: 1}), ("another input", {2: 1, 1: 1}),
+                                        ("twice", {1: 3})])  # fmt: skip
+def test_whatever_order_a_model_calls_its_layers_in_the_result_is_right(way, sizes):
+    plain, fused = odd(way)
+    assert fuse(fused).sizes() == sizes
+    for length in (5, 3):
+        ids = torch.arange(length)[None]
+        with torch.no_grad():
+            torch.testing.assert_close(fused(input_ids=ids), plain(input_ids=ids))
+    assert no_leftovers(fused)
+
+
+def no_leftovers(model):
+    handoffs = {id(m.place.handoff): m.place.handoff for m in model.modules() if hasattr(m, "place")}
+    (handoff,) = handoffs.values()
+    return isinstance(handoff, Handoff) and handoff._x is None and not handoff._waiting
+
+
+def test_nothing_outlives_a_pass_that_failed():
+    plain, fused = odd("raises")
+    fuse(fused)
+    with pytest.raises(RuntimeError, match="in between"):
+        fused(input_ids=torch.arange(5)[None])
+    assert no_leftovers(fused)
+    torch.testing.assert_close(fused(input_ids=IDS[:1, :4]), plain(input_ids=IDS[:1, :4]))
+
+
+def test_a_model_that_cannot_be_tried_is_fused_layer_by_layer():
+    _, fused = odd("another input")
+    fused.base_model.model.get_input_embeddings = None
+    report = fuse(fused)
+    assert report.sizes() == {1: 3} and "trial run failed" in report.summary()
+
+
+def test_the_trial_run_leaves_no_trace():
+    peft = adapted().train()
+    peft.base_model.model.model.layers[0].eval()
+    modes, chance = [m.training for m in peft.modules()], torch.get_rng_state()
+    fuse(peft)
+    assert modes == [m.training for m in peft.modules()] and torch.equal(chance, torch.get_rng_state())
+
+
+def test_a_group_keeps_its_input_once_and_the_small_product():
+    def kept(model):
+        sizes: dict[int, int] = {}
+
+        def pack(tensor):
+            if not isinstance(tensor, nn.Parameter):
+                sizes[tensor.untyped_storage().data_ptr()] = tensor.untyped_storage().nbytes()
+            return tensor
+
+        projections = model.base_model.model.model.layers[0].self_attn
+        x = torch.randn(1, 64, 64, requires_grad=True)
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+            outputs = [layer(x) for layer in (projections.q_proj, projections.k_proj, projections.v_proj)]
+        return sum(sizes.values()), outputs
+
+    plain, fused, _ = both()
+    assert kept(fused)[0] == 64 * 64 * 4 + 64 * 12 * 4  # X, and L of three ranks of 4
+    assert kept(fused)[0] < kept(plain)[0]
