@@ -85,12 +85,14 @@ def wait(child: int, seconds: float) -> int | None:
         time.sleep(0.002)
 
 
-def supervise(folder: Path, kills: int, options: dict) -> dict:
-    """Kill the run ``kills`` times, then let it end. Returns the steps it was killed in, and how many lives it had."""
+def supervise(folder: Path, kills: int, longest: float, options: dict) -> dict:
+    """Kill the run ``kills`` times, then let it end. Returns the steps it was killed in, and how many lives it had.
+
+    A life that is to be killed lasts ``longest`` seconds at most at first; the time follows how far the lives come.
+    """
     chance = random.Random(0)
     folder.mkdir()
     killed_at, lives = [], 0
-    longest = 0.1  # seconds; grows until a life passes a checkpoint now and then
     while True:
         lives += 1
         child = fork(folder, options)
@@ -99,7 +101,7 @@ def supervise(folder: Path, kills: int, options: dict) -> dict:
             os.kill(child, signal.SIGKILL)
             os.waitpid(child, 0)
             killed_at.append((folder / "at").read_text() if (folder / "at").exists() else "")
-            longest = min(longest * 1.1, 0.6)
+            longest *= 1.1
             continue
         if status != 0:
             raise SystemExit("a life ended with an error")
@@ -122,5 +124,7 @@ if __name__ == "__main__":
     torch.set_num_threads(1)
     load_lazy_modules()
     base, num_kills, store_options = Path(sys.argv[1]), int(sys.argv[2]), json.loads(sys.argv[3])
-    supervise(base / "undisturbed", 0, store_options)
-    print(json.dumps(supervise(base / "killed", num_kills, store_options)))
+    begin = time.monotonic()
+    supervise(base / "undisturbed", 0, 0, store_options)
+    half_a_life = (time.monotonic() - begin) / 2
+    print(json.dumps(supervise(base / "killed", num_kills, half_a_life, store_options)))
