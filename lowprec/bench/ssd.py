@@ -19,7 +19,8 @@ from rich.table import Table
 
 from lowprec.optim.disk import GIB, Disk, HostMemory, bytes_of, direct_refusal, reserve
 from lowprec.optim.path_lock import PREFIX, PathLock
-from lowprec.optim.stores import TUNED_FILE
+from lowprec.optim.stores import CHUNK_BYTES, TUNED_FILE, read_tuned
+from lowprec.optim.stores import THREADS as STORE_THREADS
 
 BLOCKS = tuple(mib << 20 for mib in (2, 8, 16))
 THREADS = (2, 8, 16)
@@ -115,6 +116,28 @@ class _Bench:
         elapsed = time.perf_counter() - begin
         total = sum(moved) if mode != "mixed" else 2 * min(sum(moved[:threads]), sum(moved[threads:]))
         return total / elapsed / 1e9
+
+
+def quick(path: str | Path, seconds: float = 6.0, size_gib: float = 1.0) -> tuple[Rate, bool]:
+    """Read, write and mixed rates of the setting that a store on ``path`` would use, and whether O_DIRECT was taken.
+
+    Nothing is kept. Raises UserError where the space is missing or a run holds the path.
+    """
+    path = Path(path)
+    tuned = read_tuned(path)
+    block, threads = tuned.get("chunk_bytes", CHUNK_BYTES), min(tuned.get("threads", STORE_THREADS), max(THREADS))
+    lock = PathLock(path)
+    try:
+        direct = direct_refusal(Disk(), path) is None
+        bench = _Bench(path, int(size_gib * GIB) // max(BLOCKS) * max(BLOCKS), direct)
+        try:
+            bench.fill()
+            rates = [bench.rate(mode, block, threads, seconds / 3) for mode in ("read", "write", "mixed")]
+        finally:
+            bench.file.remove()
+        return Rate(block / 2**20, threads, *rates), direct
+    finally:
+        lock.release()
 
 
 def run(path: str | Path, seconds: float = 45.0, size_gib: float = 2.0) -> SsdReport:

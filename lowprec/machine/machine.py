@@ -1,17 +1,15 @@
 """``Machine``: rates of one GPU (or of a processor without one), its links, its disk; and the times that follow."""
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, field
 
 from lowprec.errors import UserError
-from lowprec.machine.roofline import bound_ms
+from lowprec.machine.correction import Correction
+from lowprec.machine.roofline import Rates, bound_ms
 
 KINDS = ("bf16", "fp16", "tf32", "fp32", "fp8", "int8")
 """Kinds of products. ``fp32`` is PyTorch's default for fp32 tensors (no tf32); ``fp8`` and ``int8`` are lowprec's
 ``scaled_matmul`` on codes, without the casts."""
-
-Correction = Callable[[str, int, int, int], float]
-"""(kind, m, n, k) -> what the bound is multiplied by."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -24,7 +22,7 @@ class Machine:
     vram_gib: float
     """Device memory; of the processor's machine, 0."""
     sm_count: int
-    """Streaming multiprocessors; of a processor, its cores."""
+    """Streaming multiprocessors; 0 for a processor."""
     capability: tuple[int, int] | None
     """CUDA compute capability; None for a processor."""
     tflops: Mapping[str, float]
@@ -46,8 +44,8 @@ class Machine:
     """The least time of a kernel."""
     assumed: tuple[str, ...] = ()
     """Names of the fields that are assumptions about a typical machine, neither measured nor in a datasheet."""
-    correction: Correction | None = field(default=None, repr=False)
-    """Fitted to measured products; None leaves the bound as it is."""
+    corrections: Mapping[str, Correction] = field(default_factory=dict, repr=False)
+    """Kind -> what measured products take beside the bound; a kind that is not there takes its bound."""
 
     def product_ms(self, kind: str, m: int, n: int, k: int) -> float:
         """Predicted ms of ``[m, k] @ [k, n]`` on this machine.
@@ -60,8 +58,13 @@ class Machine:
             raise UserError(f"{self.name} runs no {kind} products that are known here; it runs {known}.")
         if 0 in (m, n, k):
             return self.launch_us / 1e3
-        bound = bound_ms(kind, m, n, k, self.tflops[kind], self.memory_gb_per_s, self.sm_count, self.launch_us)
-        return bound * (self.correction(kind, m, n, k) if self.correction else 1.0)
+        rates = self.rates(kind)
+        correction = self.corrections.get(kind)
+        return bound_ms(kind, m, n, k, rates) * (correction.factor(kind, m, n, k, rates) if correction else 1.0)
+
+    def rates(self, kind: str) -> Rates:
+        """What bounds a kind of product here."""
+        return Rates(self.tflops[kind], self.memory_gb_per_s, self.sm_count, self.launch_us)
 
     def traffic_ms(self, num_bytes: float) -> float:
         """Predicted ms of a kernel that moves ``num_bytes`` of device memory, read and written, and little else."""

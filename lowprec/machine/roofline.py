@@ -6,19 +6,34 @@ the least time.
 """
 
 from math import ceil
+from typing import NamedTuple
 
 TILES = ((256, 128, 1.0), (128, 256, 1.0), (128, 128, 0.95), (128, 64, 0.8), (64, 128, 0.8), (64, 64, 0.65))
-"""Rows, columns, share of the full rate. A small tile reads more operand bytes an operation from shared memory."""
+"""Rows, columns, share of the full rate. A small tile reads more operand bytes an operation from shared memory; the
+shares are assumptions, which a measured machine's correction takes over."""
 ITEM_BYTES = {"bf16": (2, 2), "fp16": (2, 2), "tf32": (4, 4), "fp32": (4, 4), "fp8": (1, 2), "int8": (1, 2)}
 """Kind -> bytes of an operand's and of the result's element."""
 
 
-def bound_ms(
-    kind: str, m: int, n: int, k: int, tflops: float, gb_per_s: float, sm_count: int, launch_us: float
-) -> float:
+class Rates(NamedTuple):
+    """What bounds one kind of product."""
+
+    tflops: float
+    gb_per_s: float
+    sm_count: int
+    """0 for a processor, whose products come in no tiles worth counting."""
+    launch_us: float
+
+
+def bound_ms(kind: str, m: int, n: int, k: int, rates: Rates) -> float:
     """ms of ``[m, k] @ [k, n]``."""
-    arithmetic = 2.0 * m * n * k / tflops / 1e9 / efficiency(m, n, sm_count)
-    return launch_us / 1e3 + max(arithmetic, product_bytes(kind, m, n, k) / gb_per_s / 1e6)
+    arithmetic = arithmetic_ms(m, n, k, rates.tflops) / efficiency(m, n, rates.sm_count)
+    return rates.launch_us / 1e3 + max(arithmetic, product_bytes(kind, m, n, k) / rates.gb_per_s / 1e6)
+
+
+def arithmetic_ms(m: int, n: int, k: int, tflops: float) -> float:
+    """ms at the full rate."""
+    return 2.0 * m * n * k / tflops / 1e9
 
 
 def product_bytes(kind: str, m: int, n: int, k: int) -> int:
@@ -29,6 +44,8 @@ def product_bytes(kind: str, m: int, n: int, k: int) -> int:
 
 def efficiency(m: int, n: int, sm_count: int) -> float:
     """The largest share of the full rate that whole tiles in whole waves leave, over the known tiles."""
+    if sm_count == 0:
+        return 1.0
     return max(share * m * n / (waves(m, n, bm, bn, sm_count) * sm_count * bm * bn) for bm, bn, share in TILES)
 
 
