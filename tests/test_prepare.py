@@ -144,7 +144,7 @@ def test_auto_keeps_16_bits_where_8_do_not_pay_and_remembers(tmp_path, monkeypat
         timed.append(type(layer).__name__)
         return seconds.get(type(layer).__name__, seconds["bf16"]) + 0.01 * len(timed)
 
-    monkeypatch.setattr("lowprec.layers.auto._time", pretend)
+    monkeypatch.setattr("lowprec.layers.auto.milliseconds_of", pretend)
     batch = {"input_ids": ids()}
     report = wrap(model, Auto(tokens=64), calibration=batch)
     assert report.counts() == {"fp8": 14, "bf16": 1} and "dB" in report.rows[0].reason

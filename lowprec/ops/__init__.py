@@ -3,10 +3,19 @@
 Importing this package loads no Triton and touches no device; a backend loads its kernel when it first runs.
 """
 
+from lowprec.ops.decode_nf4 import decode_nf4
 from lowprec.ops.quantize_columns import quantize_columns, requantize_columns
 from lowprec.ops.quantize_rows import quantize_rows
 from lowprec.ops.rotate import rotate
 from lowprec.ops.scaled_matmul import scaled_matmul
 from lowprec.ops.transpose_codes import transpose_codes
 
-__all__ = ["quantize_columns", "quantize_rows", "requantize_columns", "rotate", "scaled_matmul", "transpose_codes"]
+__all__ = [
+    "decode_nf4",
+    "quantize_columns",
+    "quantize_rows",
+    "requantize_columns",
+    "rotate",
+    "scaled_matmul",
+    "transpose_codes",
+]

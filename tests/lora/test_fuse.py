@@ -44,17 +44,16 @@ def gradients(model, ids=IDS):
     return loss.detach(), {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
 
 
-@pytest.mark.parametrize("dtype, tolerance", [(torch.float64, 1e-12), (torch.float32, 1e-6)], ids=["fp64", "fp32"])
+@pytest.mark.parametrize("dtype, tolerance, db", [(torch.float64, 1e-12, 240), (torch.float32, 1e-6, 105)])
 @pytest.mark.parametrize("arch", ARCHITECTURES)
-def test_losses_and_gradients_equal_pefts(arch, dtype, tolerance):
+def test_losses_and_gradients_equal_pefts(arch, dtype, tolerance, db):
     plain, fused, report = both(arch=arch, dtype=dtype)
     assert report.sizes() == GROUPS[arch] and not report.on_peft and not report.notes
     (loss, wanted), (found_loss, found) = gradients(plain), gradients(fused)
     torch.testing.assert_close(found_loss, loss, rtol=tolerance, atol=tolerance)
     assert found.keys() == wanted.keys() and len(found) >= 16
     for name, grad in wanted.items():
-        assert found[name].dtype == grad.dtype
-        torch.testing.assert_close(found[name], grad, rtol=100 * tolerance, atol=tolerance)
+        assert found[name].dtype == grad.dtype and sqnr_db(grad, found[name]) > db, name
 
 
 @pytest.mark.parametrize("weights", ["fp8", "int8_hadamard"])
