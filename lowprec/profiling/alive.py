@@ -1,8 +1,8 @@
 """Which tensors are alive, how large, of what kind and in which module: every storage of a device is followed from the
 operator that made it to its end.
 
-Kinds: ``weights``, ``adapters``, ``gradients`` and ``optimizer`` by what holds the storage; ``logits``: whatever ends in
-the vocabulary's size; ``activations``: what a forward pass leaves for backward, recomputed ones too; ``workspace``: all
+Kinds: ``weights``, ``adapters``, ``gradients`` and ``optimizer`` by what holds the storage; ``logits``: whatever ends
+in the vocabulary's size; ``activations``: what a forward pass leaves for backward, recomputed ones too; ``workspace``: all
 that is gone when the pass that made it is over (temporaries, gradients of activations). What a storage is, is often
 known only later, so kinds are settled when the step is over.
 
@@ -24,7 +24,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lowprec.plan.model import all_tensors, is_adapter
+from lowprec.plan.follow import all_tensors, is_adapter
 from lowprec.plan.tape import KINDS
 from lowprec.profiling.modules import ModuleStack, collapsed
 

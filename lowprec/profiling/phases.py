@@ -55,7 +55,7 @@ class Phases:
 
     def enter(self, phase: str) -> None:
         """The work called from here on belongs to ``phase``, until the next ``enter`` or ``leave``."""
-        if not self._steps:  # a loop that nobody measures
+        if not self._steps or self._steps[-1].end is not None:  # nobody measures this
             return
         began = time.perf_counter()
         self._steps[-1].marks.append((phase, Mark(self.device)))
@@ -64,8 +64,8 @@ class Phases:
         self.host_s += time.perf_counter() - began
 
     def leave(self) -> None:
-        """The step's work has been called."""
-        if not self._steps:
+        """The step's work has been called. To say it twice is to say it once."""
+        if not self._steps or self._steps[-1].end is not None:
             return
         began = time.perf_counter()
         step = self._steps[-1]
@@ -86,6 +86,13 @@ class Phases:
         began = time.perf_counter()
         yield
         self._sync_s += time.perf_counter() - began
+
+    def wait_for_oldest(self) -> None:
+        """Return once the device is done with the oldest step that has not ended."""
+        end = self._steps[0].end
+        assert end is not None, "a step is waited for after leave()"
+        with self.waiting():
+            end.wait()
 
     def on_step_end(self) -> dict[str, float]:
         """``data_ms`` ... ``other_ms`` (zeros left out, except of the four that every step has); of them
