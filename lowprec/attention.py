@@ -1,34 +1,112 @@
-"""Causal attention that asks the device nothing.
+"""Causal attention that asks the device nothing and holds no mask.
 
 Before every forward pass transformers reads back from the device whether a batch has padding or packed rows, to decide
 whether it needs a mask; the host waits there until all earlier work is done. A batch padded on the right needs none: no
-token sees what comes after it, and the padding's own results carry no label. Transformers builds no mask for attention
-functions that have no mask function, so registering SDPA under a name of its own leaves the causal kernel alone.
+token sees what comes after it, and the padding's own results carry no label. A packed batch needs none either: the
+lengths of its samples are known on the host and come with it (:class:`lowprec.data.documents.Documents`), and each
+sample is attended to by itself. On GPUs PyTorch's FlashAttention takes samples of many lengths in one call; elsewhere
+they are taken one by one.
+
+Transformers builds no mask for attention functions that have no mask function, so registering ours under a name of its
+own leaves the batches alone.
 """
 
+from typing import Any
+
+import torch
+from torch.nn import functional as F
 from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
+from lowprec.data.documents import Documents
+
 CAUSAL_SDPA = "lowprec_causal_sdpa"
 
-ALL_ATTENTION_FUNCTIONS.register(CAUSAL_SDPA, sdpa_attention_forward)
+
+def attention(
+    module: torch.nn.Module,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    documents: Documents | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Transformers' interface: query ``[rows, heads, tokens, dim]``, key and value with as many heads or a divisor of
+    them, result ``[rows, tokens, heads, dim]``.
+
+    Args:
+        documents: of a packed batch; without them a row is one sample.
+    """
+    if documents is None or attention_mask is not None:
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    rows, heads, tokens, dim = query.shape
+    flat = [t.transpose(1, 2).reshape(rows * tokens, t.shape[1], dim) for t in (query, key, value)]
+    if why_no_flash(query, dropout) is None:
+        out = torch.ops.aten._flash_attention_forward(
+            *flat, documents.borders, documents.borders, documents.longest, documents.longest, 0.0, True, False,
+            scale=scaling,
+        )[0]  # fmt: skip
+    else:
+        pieces = zip(*(t.transpose(0, 1).split(documents.lengths, dim=1) for t in flat), strict=True)
+        gqa = key.shape[1] != heads
+        out = torch.cat(
+            [
+                F.scaled_dot_product_attention(
+                    q[None], k[None], v[None], dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=gqa
+                )[0].transpose(0, 1)
+                for q, k, v in pieces
+            ]
+        )
+    return out.view(rows, tokens, heads, dim), None
 
 
-def attend_without_masks(model: PreTrainedModel) -> bool:
-    """Let a model with plain causal SDPA build no masks. Batches must be padded on the right, or not at all.
+def why_no_flash(query: torch.Tensor, dropout: float = 0.0) -> str | None:
+    """Why PyTorch's FlashAttention cannot take samples of many lengths at once; None where it can."""
+    dim = query.shape[-1]
+    if not query.is_cuda:
+        return "it runs on CUDA devices"
+    if query.dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16 and fp16, not in {query.dtype}"
+    if dim % 8 or dim > 256:
+        return f"heads of {dim} are not a multiple of 8 up to 256"
+    if dropout:
+        return "the model drops attention weights"
+    if torch.cuda.get_device_capability(query.device) < (8, 0):
+        return "it needs compute capability 8.0"
+    return None
+
+
+ALL_ATTENTION_FUNCTIONS.register(CAUSAL_SDPA, attention)
+
+
+def attend_without_masks(model: PreTrainedModel, longest: int | None = None) -> bool:
+    """Let a model with plain causal SDPA build no masks. Batches must be padded on the right, or not at all, or come
+    with ``documents``.
+
+    Args:
+        longest: tokens of the longest sample that the model will see. A sliding window or chunk of at least that many
+            hides nothing, and then needs no mask.
 
     Returns:
-        Whether it was done. Models with sliding windows, chunks or prefixes that see both ways keep their masks, as do
+        Whether it was done. Models with shorter windows or with prefixes that see both ways keep their masks, as do
         other attention implementations.
     """
     config = model.config
     if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True):
         return False
-    windowed = any(getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size"))
+    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    if windowed or layer_types != {"full_attention"}:
+    windowed = {"sliding_attention", "chunked_attention"}
+    if not layer_types <= {"full_attention", *windowed}:
         return False
+    if any(windows) or layer_types & windowed:
+        known = all(isinstance(window, int) for window in windows if window)
+        if longest is None or not any(windows) or not known or min(w for w in windows if w) < longest:
+            return False
     try:
         model.set_attn_implementation(CAUSAL_SDPA)
     except (ValueError, ImportError):  # an architecture whose attention is not behind transformers' interface

@@ -14,6 +14,7 @@ from transformers.pytorch_utils import Conv1D
 
 import lowprec.layers  # noqa: F401  # registers the schemes
 from lowprec.errors import UserError
+from lowprec.fused.surgery import fuse
 from lowprec.layers.base import WeightScheme
 from lowprec.layers.eight_bit_linear import FrozenEightBitLinear
 from lowprec.layers.report import BF16, LinearRow, WrapReport
@@ -40,8 +41,9 @@ def wrap(
     rules: Mapping[str, "str | WeightScheme"] | None = None,
     calibration: Mapping[str, torch.Tensor] | None = None,
     device: torch.device | str | None = None,
+    use_liger_kernel: bool = True,
 ) -> WrapReport:
-    """Convert the linear layers of ``model`` in place and say what was done.
+    """Convert the linear layers of ``model`` in place, put fused kernels on its other parts, and say what was done.
 
     Every ``nn.Linear`` and transformers ``Conv1D`` is considered. Output heads, classification heads and routers stay
     16-bit; embeddings and norms are never touched; weights of fused experts (3-D parameters) are listed.
@@ -57,9 +59,11 @@ def wrap(
         calibration: keyword arguments of one forward pass (``input_ids``, ...), which ``auto`` judges the noise on.
         device: where each layer is moved just before it is converted, so that a device which only holds the converted
             model never holds the 16-bit one. None converts every layer where it is.
+        use_liger_kernel: put Liger's kernels on the norms, gated MLPs and rotary embeddings of this one model, where
+            ``device`` can run them.
 
     Returns:
-        A report with one row for each linear layer. ``print`` shows it as a table.
+        A report with one row for each linear layer, and what became of the other parts. ``print`` shows it as a table.
 
     Raises:
         UserError: an unknown scheme, a rule that matches nothing, or no layer that could be converted.
@@ -85,7 +89,7 @@ def wrap(
     def is_frozen(name: str) -> bool:
         return (not linears[name].weight.requires_grad) if frozen is None else frozen
 
-    _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration)
+    _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration, device)
     rows = []
     for name, linear in linears.items():
         row = _row(name, linear)
@@ -94,9 +98,15 @@ def wrap(
         row.reason = row.reason or reasons.get(name, "")
         rows.append(row)
     rows += _expert_rows(model)
-    report = WrapReport(rows, parameters)
+    report = WrapReport(rows, parameters, fused=fuse(model, _device_of(model, device), use_liger_kernel))
     _check_result(report, default, chosen)
     return report
+
+
+def _device_of(model: nn.Module, device: torch.device | str | None) -> torch.device:
+    if device is not None:
+        return torch.device(device)
+    return next((parameter.device for parameter in model.parameters()), torch.device("cpu"))
 
 
 def as_scheme(weights: "str | WeightScheme") -> WeightScheme:
@@ -138,12 +148,12 @@ def _convert(model: nn.Module, row: LinearRow, linear: nn.Module, scheme: Weight
     row.rotation_block = getattr(converted, "rotation_block", None)
 
 
-def _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration) -> None:
+def _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration, device) -> None:
     """Replace the schemes that choose by themselves (they have ``choose``) by what they choose for each layer."""
     choosers = {id(scheme): scheme for scheme in schemes.values() if hasattr(scheme, "choose")}
     for chooser in choosers.values():
         mine = {name: (_as_linear(linears[name]), is_frozen(name)) for name, s in schemes.items() if s is chooser}
-        for name, (scheme, reason) in chooser.choose(model, mine, calibration).items():
+        for name, (scheme, reason) in chooser.choose(model, mine, calibration, device).items():
             reasons[name] = reason
             if scheme is None:
                 del schemes[name]
@@ -242,7 +252,7 @@ def _check_result(report: WrapReport, default: WeightScheme, rules: Mapping[str,
         return
     if not report.converted:
         reasons = sorted({f"{row.reason} ({row.name})" for row in report.rows}) or ["the model has no linear layer"]
-        if any(hasattr(scheme, "choose") for scheme in schemes):  # auto: 16 bits everywhere is a verdict, not a mistake
+        if any(scheme.option_name == "auto" for scheme in schemes):  # 16 bits everywhere is a verdict, not a mistake
             report.notes.append("16 bits everywhere: no layer gains from 8 bits here.")
             return
         raise UserError(

@@ -47,7 +47,7 @@ def test_a_user_s_recipe_inherits_a_shipped_one_and_has_presets_of_its_own(tmp_p
     (tmp_path / "mine.yaml").write_text("defaults: [lora, override data: ours, _self_]\nadapter:\n  r: 3\n")
     recipe, _ = resolve(str(tmp_path / "mine.yaml"), ["model.model_name_or_path=m"])
     assert (recipe.name, recipe.adapter.r, recipe.data.path, recipe.data.max_length) == ("mine", 3, "ours.jsonl", 99)
-    assert recipe.train.gradient_checkpointing is True
+    assert recipe.train.gradient_checkpointing == "full"
 
 
 @pytest.mark.parametrize(

@@ -1,22 +1,27 @@
 """From rows to the tensors of ``model(**inputs)``: the one place that says how attention is cut.
 
 Padded: one sample a row, ``attention_mask`` 0 on the right padding. Packed: no ``attention_mask``; ``position_ids``
-restart at 0 with every sample and with the padding, which counts as one more sample that no label belongs to.
-Transformers' ``masking_utils`` reads the borders off the restarts and builds the block-diagonal causal mask, with
-sliding windows and chunks counted inside a sample. It does so only without an ``attention_mask`` and without a
-key-value cache, so ``config.use_cache`` must be false. Models that build their mask without ``position_ids`` (OPT) get
-an explicit 4-D mask, which costs length^2 bytes a row and which every layer takes as it is, so that it would undo a
-sliding window. :func:`lowprec.data.fit.fit_to_model` tries which of them a model needs.
+restart at 0 with every sample and with the padding, which counts as one more sample that no label belongs to. The
+attention of :mod:`lowprec.attention` is told the lengths of the samples besides, and needs no mask. Where a model has
+another attention, transformers' ``masking_utils`` reads the borders off the restarts, waiting for the device, and
+builds the block-diagonal causal mask, with sliding windows and chunks counted inside a sample. It does so only without
+an ``attention_mask`` and without a key-value cache, so ``config.use_cache`` must be false. Models that build their mask
+without ``position_ids`` get an explicit 4-D mask, which costs length^2 bytes a row and which every layer takes as it
+is, so that it would undo a sliding window. :func:`lowprec.data.fit.fit_to_model` tries which of them a model needs.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import torch
+from torch.nn import functional as F
 
 from lowprec.data.chat import IGNORE
+from lowprec.data.documents import Documents
 from lowprec.data.rows import Item, PackedAttention
 
-Inputs = dict[str, torch.Tensor]
+Inputs = dict[str, Any]
+"""Keyword arguments of a model: tensors, and :class:`Documents`, which moves as a tensor does."""
 
 
 def collate(items: Sequence[Item], pad_token_id: int, *, attention: PackedAttention | None) -> Inputs:
@@ -30,7 +35,8 @@ def collate(items: Sequence[Item], pad_token_id: int, *, attention: PackedAttent
 
     Returns:
         int64 tensors ``[rows, longest]``: ``input_ids``, ``labels``, and either ``attention_mask`` or ``position_ids``;
-        with a mask, also ``attention_mask`` of ``[rows, 1, longest, longest]``, bool or fp32.
+        with a mask, also ``attention_mask`` of ``[rows, 1, longest, longest]``, bool or fp32; with DOCUMENTS also
+        ``documents``.
     """
     num_rows = max(1, len(items))
     longest = max((len(item["input_ids"]) for item in items), default=2)
@@ -39,6 +45,7 @@ def collate(items: Sequence[Item], pad_token_id: int, *, attention: PackedAttent
     # A row of padding attends to itself: a softmax over nothing would be NaN.
     attention_mask = torch.zeros((num_rows, longest), dtype=torch.int64) if items else torch.ones_like(input_ids)
     position_ids = torch.arange(longest).repeat(num_rows, 1)
+    documents: list[int] = [] if items else [longest]
     for row, item in enumerate(items):
         length = len(item["input_ids"])
         input_ids[row, :length] = torch.tensor(item["input_ids"])
@@ -46,13 +53,26 @@ def collate(items: Sequence[Item], pad_token_id: int, *, attention: PackedAttent
         attention_mask[row, :length] = 1
         starts = [*item["lengths"], longest - length]
         position_ids[row] = torch.cat([torch.arange(count) for count in starts])
-    inputs = {"input_ids": input_ids, "labels": labels}
+        documents += [count for count in starts if count]
+    inputs: Inputs = {"input_ids": input_ids, "labels": labels}
     if attention is None:
         return inputs | {"attention_mask": attention_mask}
     inputs["position_ids"] = position_ids
-    if attention is not PackedAttention.POSITIONS:
+    if attention is PackedAttention.DOCUMENTS:
+        inputs["documents"] = Documents.of(documents)
+    elif attention is not PackedAttention.POSITIONS:
         inputs["attention_mask"] = _block_diagonal(position_ids, as_bool=attention is PackedAttention.BOOL_MASK)
     return inputs
+
+
+def shifted(labels: torch.Tensor) -> torch.Tensor:
+    """What each position is to predict, flattened: ``labels [rows, tokens]`` one to the left, ``IGNORE`` at the end."""
+    return F.pad(labels[:, 1:], (0, 1), value=IGNORE).reshape(-1)
+
+
+def trained_positions(labels: torch.Tensor) -> torch.Tensor:
+    """int64 positions in ``shifted(labels)`` that are trained. Of labels on a GPU this waits for the device."""
+    return (shifted(labels) != IGNORE).nonzero().squeeze(-1)
 
 
 def _block_diagonal(position_ids: torch.Tensor, *, as_bool: bool) -> torch.Tensor:

@@ -4,6 +4,7 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
+from lowprec.attention import CAUSAL_SDPA
 from lowprec.data.collate import collate
 from lowprec.data.prepare import PreparedData
 from lowprec.data.rows import Item, PackedAttention, Rows
@@ -47,23 +48,32 @@ def packed_attention(model: PreTrainedModel) -> PackedAttention:
     """
     config = model.config
     assert not getattr(config, "use_cache", False), "with a key-value cache, transformers does not cut packed rows"
+    if config._attn_implementation == CAUSAL_SDPA:
+        if _tried(model, [PackedAttention.DOCUMENTS]):
+            return PackedAttention.DOCUMENTS
+        model.set_attn_implementation("sdpa")  # which cuts by masks
     candidates = [PackedAttention.POSITIONS]
     window = getattr(config, "sliding_window", None) or getattr(config, "attention_chunk_size", None)
     if window is None:  # a mask of our own would take the place of the windowed one
         is_eager = config._attn_implementation == "eager"
         candidates.append(PackedAttention.FLOAT_MASK if is_eager else PackedAttention.BOOL_MASK)
-    was_training = model.training
-    model.eval()
-    try:
-        for attention in candidates:
-            if _leak(model, attention) < _LEAK_LIMIT:
-                return attention
-    finally:
-        model.train(was_training)
+    found = _tried(model, candidates)
+    if found is not None:
+        return found
     raise UserError(
         f"data.packing=true does not work with {type(model).__name__} ({config.model_type}, attention "
         f"'{config._attn_implementation}'): samples in one row would see each other. Set data.packing=false."
     )
+
+
+def _tried(model: PreTrainedModel, candidates: list[PackedAttention]) -> PackedAttention | None:
+    """The first that keeps samples apart."""
+    was_training = model.training
+    model.eval()
+    try:
+        return next((attention for attention in candidates if _leak(model, attention) < _LEAK_LIMIT), None)
+    finally:
+        model.train(was_training)
 
 
 @torch.no_grad()
@@ -89,7 +99,7 @@ def _logits(model: PreTrainedModel, items: list[Item], attention: PackedAttentio
     device = next(model.parameters()).device
     inputs = collate(items, 0, attention=attention)
     inputs.pop("labels")
-    return model(**{name: tensor.to(device) for name, tensor in inputs.items()}).logits.double().cpu()
+    return model(**{name: value.to(device) for name, value in inputs.items()}).logits.double().cpu()
 
 
 def _check_length(longest: int, model: PreTrainedModel) -> list[str]:

@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from lowprec.data.ahead import ahead
-from lowprec.data.collate import Inputs, collate
+from lowprec.data.collate import Inputs, collate, trained_positions
 from lowprec.data.order import EpochOrder, Order, State, Step
 from lowprec.data.prepare import PreparedData
 from lowprec.data.rows import Rows
@@ -27,8 +27,9 @@ class StepBatch:
     """What one optimizer step takes."""
 
     micro_batches: list[Inputs]
-    """This process's part: ``model(**inputs)`` of each, see :func:`lowprec.data.collate.collate` for the tensors. All
-    processes have equally many; one that has no row left gets a row of padding."""
+    """This process's part, see :func:`lowprec.data.collate.collate` for the tensors; beside them
+    ``trained_positions``, int64, where in the flattened batch the next token is trained. All processes have equally
+    many; one that has no row left gets a row of padding."""
     num_trained_tokens: int
     """Tokens that give loss, in this process's part."""
     num_trained_tokens_global: int
@@ -192,7 +193,7 @@ class StepLoader:
         )
 
     def _collated(self, rows: Rows, part: np.ndarray) -> Inputs:
-        inputs = collate([rows[int(i)] for i in part], self.pad_token_id, attention=rows.attention)
+        inputs = _with_positions(collate([rows[int(i)] for i in part], self.pad_token_id, attention=rows.attention))
         if self.device is None or self.device.type != "cuda":
             return inputs
         with torch.cuda.device(self.device):  # a new thread stands on device 0, and would open a context there
@@ -207,6 +208,7 @@ def eval_batches(
     world_size: int,
     pad_token_id: int,
     max_samples: int | None = None,
+    pin_memory: bool = False,
 ) -> Iterator[EvalBatch]:
     """Every held-out row once, over all processes; each process yields equally many batches.
 
@@ -217,13 +219,17 @@ def eval_batches(
         world_size: Number of processes.
         pad_token_id: For padding.
         max_samples: Take only the first so many rows.
+        pin_memory: Put the tensors where copies to a GPU do not wait.
     """
     chosen = np.arange(len(evaluation))[:max_samples]
 
     def batches() -> Iterator[EvalBatch]:
         for micro_batch in divide(chosen, evaluation.num_tokens[chosen], batch_size, world_size):
             part = micro_batch[rank]
-            inputs = collate([evaluation[int(i)] for i in part], pad_token_id, attention=evaluation.attention)
+            items = [evaluation[int(i)] for i in part]
+            inputs = _with_positions(collate(items, pad_token_id, attention=evaluation.attention))
+            if pin_memory:
+                inputs = {name: value.pin_memory() for name, value in inputs.items()}
             num_tokens = int(evaluation.num_tokens[part].sum())
             yield EvalBatch(
                 inputs=inputs,
@@ -233,6 +239,12 @@ def eval_batches(
             )
 
     return ahead(batches())
+
+
+def _with_positions(inputs: Inputs) -> Inputs:
+    """Add ``trained_positions``, int64 ``[trained tokens]``: where in the flattened batch the next token is trained.
+    Known here, they spare the device the other tokens' logits, and the host a wait."""
+    return inputs | {"trained_positions": trained_positions(inputs["labels"])}
 
 
 def _to(inputs: Inputs, device: torch.device) -> Inputs:

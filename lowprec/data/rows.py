@@ -9,6 +9,7 @@ import numpy as np
 class PackedAttention(Enum):
     """What keeps the samples of a packed row apart, beside ``position_ids`` that restart."""
 
+    DOCUMENTS = "lengths of the samples, which the attention of lowprec.attention reads"
     POSITIONS = "position_ids alone"
     BOOL_MASK = "4-D mask, true where attention is allowed"
     FLOAT_MASK = "4-D mask, added to the scores"

@@ -6,6 +6,8 @@ from dataclasses import asdict, dataclass, field
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
 
+from lowprec.fused.report import FusedRow
+
 BF16 = "bf16"
 
 
@@ -42,6 +44,8 @@ class WrapReport:
     parameters: int
     """Of the whole model, tied ones once."""
     notes: list[str] = field(default_factory=list)
+    fused: list[FusedRow] = field(default_factory=list)
+    """Norms, MLPs, rotary embeddings and the loss: which kernel computes them, or why none does."""
 
     def counts(self) -> dict[str, int]:
         """Scheme -> number of layers."""
@@ -68,6 +72,14 @@ class WrapReport:
             f"parameters, {self.flop_share:.1%} of the FLOPs of products with weights."
         )
 
+    def fused_lines(self) -> list[str]:
+        """A line for each kernel with what it computes, then one for each reason why the model's own code stays."""
+        lines: dict[str, list[str]] = {}
+        for row in sorted(self.fused, key=lambda row: not row.fused):
+            what = row.kernel if row.fused else f"{row.kernel} ({row.reason})"
+            lines.setdefault(what, []).append(f"{row.modules} {row.module} ({row.part})")
+        return [f"{what}: {', '.join(parts)}." for what, parts in lines.items()]
+
     def to_dict(self) -> dict:
         """Everything, as plain JSON types."""
         return {
@@ -75,6 +87,7 @@ class WrapReport:
             "parameter_share": self.parameter_share,
             "flop_share": self.flop_share,
             "notes": self.notes,
+            "fused": [asdict(row) for row in self.fused],
             "linears": [asdict(row) for row in self.rows],
         }
 
@@ -97,7 +110,7 @@ class WrapReport:
         return table
 
     def _caption(self) -> str:
-        return "\n".join([self.summary(), *self.notes])
+        return "\n".join([self.summary(), *self.notes, *self.fused_lines()])
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.table()

@@ -26,6 +26,7 @@ def evaluate(
         world_size=accelerator.num_processes,
         pad_token_id=pad_token_id,
         max_samples=options.eval_max_samples,
+        pin_memory=accelerator.device.type == "cuda",
     )
     for batch in batches:
         inputs = {name: value.to(accelerator.device, non_blocking=True) for name, value in batch.inputs.items()}

@@ -11,6 +11,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 
+from lowprec.activations import choose_policy, keep_activations
 from lowprec.attention import attend_without_masks
 from lowprec.checkpoint import atomic_folder, is_disk_full, prune
 from lowprec.config import Recipe
@@ -156,16 +157,23 @@ class Run:
             self.data = prepare_data(recipe.data, self.tokenizer, on_progress=reading.update)
         self.console.print(self.data.summary)
         self.model = load_model(recipe.model)
-        if not recipe.data.packing:  # packed rows are cut by masks
-            attend_without_masks(self.model)
-        layers = wrap(self.model, recipe.weights, frozen=recipe.choice("adapter") != "none", device=device)
-        plain = f"All {len(layers.rows)} linear layers stay in {recipe.model.dtype}."
-        self.console.print(layers if layers.converted else plain, highlight=False)
+        attend_without_masks(self.model, recipe.data.max_length + options.sample_max_new_tokens)
+        layers = wrap(
+            self.model,
+            recipe.weights,
+            frozen=recipe.choice("adapter") != "none",
+            device=device,
+            use_liger_kernel=options.use_liger_kernel,
+        )
+        plain = [f"All {len(layers.rows)} linear layers stay in {recipe.model.dtype}.", *layers.fused_lines()]
+        self.console.print(layers if layers.converted else "\n".join(plain), highlight=False)
         self.model = recipe.adapter.attach(self.model)
         self._use_cache = self.model.config.use_cache
         self.model.config.use_cache = False  # of no use in training; put back in what is saved
-        if options.gradient_checkpointing:
-            self.model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
+        self.activations = keep_activations(self.model, *choose_policy(options.gradient_checkpointing, device))
+        self.console.print(
+            f"Activations: {self.activations.policy} ({self.activations.why}).", markup=False, highlight=False
+        )
         self.model.to(device).train()
         fused = recipe.adapter.fuse(self.model)
         if fused is not None:
@@ -226,6 +234,7 @@ class Run:
         if summary.padding_share is None:
             summary.padding_share = self.loader.padding_share
         facts["data"] = summary.to_dict()
+        facts["activations"] = self.activations.to_dict()
         facts["dtypes"] = dtypes(self.model, self.optimizer, COMPUTE_DTYPE[self.recipe.model.dtype])
         if self._trained_s and self.probes.probes:
             facts["probe_cost_share"] = round(self.probes.host_s / self._trained_s, 5)

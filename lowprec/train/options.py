@@ -5,6 +5,8 @@ from dataclasses import dataclass, field
 from lowprec.errors import UserError
 
 AUTO = "auto"
+CHECKPOINTING = ("none", "full", "selective", "offload", AUTO)
+"""Choices of ``gradient_checkpointing``; what they do is in :mod:`lowprec.activations`."""
 
 
 @dataclass(kw_only=True, slots=True)
@@ -20,8 +22,13 @@ class Train:
     per_device_train_batch_size: int = 1
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
-    gradient_checkpointing: bool = False
-    """Recompute activations in backward: about a third more computing for several times less memory."""
+    gradient_checkpointing: str = "none"
+    """What backward needs of a layer: ``none`` keeps all of it, ``full`` computes it again from the layer's input
+    (about a third more computing for several times less memory), ``selective`` keeps what is dear to compute and cheap
+    to hold, ``offload`` is ``full`` with the inputs in host memory, ``auto`` takes the fastest that fits. ``true`` is
+    ``full``, ``false`` is ``none``."""
+    use_liger_kernel: bool = True
+    """Liger's kernels for norms, gated MLPs and rotary embeddings of this run's model, where the device runs them."""
     max_grad_norm: float | None = 1.0
     """Exact clipping by the global norm; None turns it off."""
     seed: int = 42
@@ -42,6 +49,7 @@ class Train:
     """Trackers of Accelerate: ``auto`` is TensorBoard where installed; ``wandb``, ``mlflow``, ...; empty for none."""
 
     def __post_init__(self) -> None:
+        self.gradient_checkpointing = _policy(self.gradient_checkpointing)
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                     "sample_max_new_tokens"):  # fmt: skip
             _at_least_one(key, getattr(self, key))
@@ -57,6 +65,15 @@ class Train:
                 f"train.max_grad_norm={self.max_grad_norm} must be greater than 0; train.max_grad_norm=null turns "
                 "clipping off."
             )
+
+
+def _policy(value: str) -> str:
+    policy = {"true": "full", "false": "none"}.get(str(value).lower(), str(value))
+    if policy not in CHECKPOINTING:
+        raise UserError(
+            f"train.gradient_checkpointing={value} is not one of {', '.join(CHECKPOINTING)}, true (full), false (none)."
+        )
+    return policy
 
 
 def _at_least_one(key: str, value: int) -> None:

@@ -40,8 +40,9 @@ def explain(recipe: Recipe, model: nn.Module | None, optimizer: torch.optim.Opti
 def _remedies(recipe: Recipe, states_dominate: bool) -> list[str]:
     train = recipe.train
     remedies = []
-    if not train.gradient_checkpointing:
-        remedies.append("train.gradient_checkpointing=true")
+    lighter = {"none": "full", "selective": "full", "full": "offload", "auto": "full"}.get(train.gradient_checkpointing)
+    if lighter is not None:
+        remedies.append(f"train.gradient_checkpointing={lighter}")
     if train.per_device_train_batch_size > 1:
         size = train.per_device_train_batch_size
         half, accumulation = size // 2, train.gradient_accumulation_steps * 2

@@ -10,7 +10,8 @@ from lowprec.errors import UserError
 
 _HARMLESS = ("name", "defaults", "train.output_dir", "train.resume_from_checkpoint", "train.save_steps",
              "train.save_total_limit", "train.eval_steps", "train.eval_max_samples", "train.num_sample_answers",
-             "train.sample_max_new_tokens", "train.report_to", "train.per_device_eval_batch_size")  # fmt: skip
+             "train.sample_max_new_tokens", "train.gradient_checkpointing", "train.report_to",
+             "train.per_device_eval_batch_size")  # fmt: skip
 _BINDING = (
     "model.model_name_or_path",
     "model.dtype",

@@ -10,10 +10,10 @@ from torch import nn
 from torch.nn import functional as F
 
 from lowprec.data import StepBatch
+from lowprec.data.collate import Inputs, shifted, trained_positions
+from lowprec.fused.loss_head import gives_loss
 from lowprec.profiling.phases import Phases
 from lowprec.train.clock import Mark
-
-Inputs = dict[str, torch.Tensor]
 
 
 @dataclass
@@ -34,14 +34,18 @@ class StepScalars:
 def loss_sum(model: nn.Module, inputs: Inputs) -> torch.Tensor:
     """Cross-entropy summed over the trained tokens of a batch, fp32.
 
-    Labels follow Hugging Face's convention: unshifted, -100 where nothing is trained.
+    Labels follow Hugging Face's convention: unshifted, -100 where nothing is trained. A model that was given the loss
+    of ``lowprec.fused`` never holds the logits of all tokens.
     """
-    labels = inputs["labels"]
-    logits = model(**{name: value for name, value in inputs.items() if name != "labels"}).logits
+    rest = {name: value for name, value in inputs.items() if name not in ("labels", "trained_positions")}
+    if gives_loss(model):
+        positions = inputs.get("trained_positions")
+        positions = trained_positions(inputs["labels"]) if positions is None else positions
+        return model(**rest, labels=inputs["labels"], trained_positions=positions).loss
+    logits = model(**rest).logits
     # Shifting the labels, not the logits, spares a copy of the logits, the largest tensor there is.
-    targets = F.pad(labels[:, 1:], (0, 1), value=-100)
     return F.cross_entropy(
-        logits.float().view(-1, logits.shape[-1]), targets.reshape(-1), ignore_index=-100, reduction="sum"
+        logits.float().view(-1, logits.shape[-1]), shifted(inputs["labels"]), ignore_index=-100, reduction="sum"
     )
 
 

@@ -1,0 +1,106 @@
+"""``offload``: the inputs of the layers wait in pinned host memory.
+
+Forward: when the next layer's input arrives, the last one's is copied to the host on a side stream, while the device
+computes. Backward: when a layer asks for its input, the copy of the one below starts, and is there in time. The last
+layer's input never leaves the device. The same code runs on a CPU, without streams. (The way of unsloth and torchtune.)
+"""
+
+import weakref
+from typing import Any
+
+import torch
+from torch.autograd.graph import saved_tensors_hooks
+from torch.utils.checkpoint import checkpoint
+
+
+class _Input:
+    """One layer's input: on the device, on the host, or on its way."""
+
+    __slots__ = ("__weakref__", "arrived", "below", "device", "host", "resident")
+
+    def __init__(self, tensor: torch.Tensor, below: "weakref.ref[_Input] | None") -> None:
+        self.device = tensor.device
+        self.resident: torch.Tensor | None = tensor
+        self.host: torch.Tensor | None = None
+        self.arrived: torch.cuda.Event | None = None
+        self.below = below
+        """The input of the layer before, which backward wants next. Weak: nothing outlives its graph."""
+
+
+class Offload:
+    """A checkpoint function for ``keep_activations``."""
+
+    def __init__(self) -> None:
+        self._newest: weakref.ref[_Input] | None = None
+        self._streams: dict[torch.device, torch.cuda.Stream] = {}
+        self.sent_bytes = 0
+        """Copied to the host so far."""
+
+    def __call__(self, function: Any, *args: Any) -> Any:
+        # The checkpoint saves its arguments under the hooks it is called in, and everything else under its own.
+        with saved_tensors_hooks(self._pack, self._unpack):
+            return checkpoint(function, *args, use_reentrant=False)
+
+    def __deepcopy__(self, memo: dict) -> "Offload":
+        return Offload()
+
+    def _pack(self, tensor: torch.Tensor) -> "torch.Tensor | _Input":
+        if not tensor.is_floating_point() or tensor.numel() == 0:
+            return tensor
+        newest = self._newest() if self._newest is not None else None
+        if newest is not None and newest.host is None:
+            self._send(newest)
+        entry = _Input(tensor, self._newest if newest is not None else None)
+        self._newest = weakref.ref(entry)
+        return entry
+
+    def _unpack(self, entry: "torch.Tensor | _Input") -> torch.Tensor:
+        if isinstance(entry, torch.Tensor):
+            return entry
+        if entry.resident is None:
+            self._fetch(entry)
+        tensor = entry.resident
+        assert tensor is not None
+        if entry.arrived is not None:
+            torch.cuda.current_stream(entry.device).wait_event(entry.arrived)
+            entry.arrived = None
+        if entry.host is not None:
+            entry.resident = None  # freed with the layer's backward; asked for again, it comes from the host again
+        below = entry.below() if entry.below is not None else None
+        if below is not None and below.resident is None:
+            self._fetch(below)
+        return tensor
+
+    def _send(self, entry: _Input) -> None:
+        tensor = entry.resident
+        if tensor is None:
+            return
+        on_gpu = tensor.is_cuda
+        entry.host = torch.empty_like(tensor, device="cpu", pin_memory=on_gpu)
+        self._copy(tensor, entry.host, tensor)
+        entry.resident = None
+        self.sent_bytes += tensor.nbytes
+
+    def _fetch(self, entry: _Input) -> None:
+        assert entry.host is not None
+        entry.resident = torch.empty_like(entry.host, device=entry.device)
+        self._copy(entry.host, entry.resident, entry.resident)
+        if entry.resident.is_cuda:
+            entry.arrived = self._stream(entry.device).record_event()
+
+    def _copy(self, source: torch.Tensor, target: torch.Tensor, on_device: torch.Tensor) -> None:
+        if not on_device.is_cuda:
+            target.copy_(source)
+            return
+        side = self._stream(on_device.device)
+        side.wait_stream(torch.cuda.current_stream(on_device.device))
+        with torch.cuda.stream(side), torch.no_grad():
+            target.copy_(source, non_blocking=True)
+        # Its memory may be given away before the copy is done: not to anybody who would not wait for it. The host
+        # side needs no such word, PyTorch's allocator of pinned memory watches the copies itself.
+        on_device.record_stream(side)
+
+    def _stream(self, device: torch.device) -> torch.cuda.Stream:
+        if device not in self._streams:
+            self._streams[device] = torch.cuda.Stream(device)
+        return self._streams[device]

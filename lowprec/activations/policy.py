@@ -1,0 +1,77 @@
+"""The policies by name, and how one is put on a model.
+
+Transformers' decoder layers ask two attributes of theirs: whether to checkpoint, and by which function. All policies
+are such functions around PyTorch's checkpoint without re-entry, so none of them changes a bit of the results.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+from lowprec.activations.offload import Offload
+from lowprec.activations.selective import Selective
+from lowprec.errors import UserError
+
+POLICIES = ("none", "full", "selective", "offload")
+
+
+@dataclass(slots=True)
+class Activations:
+    """The policy that runs."""
+
+    policy: str
+    why: str
+    function: Callable[..., Any] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report; what ``selective`` keeps is known after the first step."""
+        kept = self.function.describe() if isinstance(self.function, Selective) else None
+        return {"policy": self.policy, "why": self.why} | ({"kept": kept} if kept else {})
+
+
+def choose_policy(policy: str, device: torch.device) -> tuple[str, str]:
+    """The policy that a recipe's ``train.gradient_checkpointing`` stands for, and why."""
+    if policy != "auto":
+        return policy, "as the recipe says"
+    if device.type != "cuda":
+        return "none", "auto: without a GPU memory is host memory, and computing again costs time"
+    return "full", "auto: the memory of this run is not predicted yet"
+
+
+def keep_activations(model: nn.Module, policy: str, why: str = "as the recipe says") -> Activations:
+    """Let every decoder layer of this one model keep for backward what the policy says.
+
+    Args:
+        model: of transformers, bare or with PEFT's adapters.
+        policy: ``none`` keeps all; ``full`` keeps a layer's input and computes the layer again; ``selective`` keeps
+            also the results that are dear to compute and cheap to hold; ``offload`` is ``full`` with the inputs in host
+            memory.
+        why: for the report.
+
+    Raises:
+        UserError: the architecture has no layers that can be computed again.
+    """
+    functions: dict[str, Callable[[], Callable[..., Any] | None]] = {
+        "none": lambda: None,
+        "full": lambda: partial(checkpoint, use_reentrant=False),
+        "selective": Selective,
+        "offload": Offload,
+    }
+    assert policy in functions, policy
+    function = functions[policy]()
+    layers = [module for module in model.modules() if hasattr(module, "gradient_checkpointing")]
+    if function is not None and not layers:
+        raise UserError(
+            f"train.gradient_checkpointing={policy}: {type(model).__name__} has no layers that transformers could "
+            "compute again. Set train.gradient_checkpointing=none."
+        )
+    for layer in layers:
+        layer.gradient_checkpointing = function is not None  # type: ignore[assignment]
+        if function is not None:
+            layer._gradient_checkpointing_func = function  # type: ignore[assignment]
+    return Activations(policy, why, function)

@@ -1,0 +1,33 @@
+"""The samples of a packed batch, known on the host: what attention needs in place of a mask."""
+
+from dataclasses import dataclass
+
+import torch
+
+
+@dataclass(frozen=True, slots=True)
+class Documents:
+    """Lengths of all samples of a batch, row after row; the padding at a row's end counts as one more sample."""
+
+    lengths: tuple[int, ...]
+    """They sum to rows x tokens of the batch."""
+    borders: torch.Tensor
+    """int32 ``[len(lengths) + 1]``: 0 and the running sums, which kernels for many lengths read on the device."""
+
+    @classmethod
+    def of(cls, lengths: list[int]) -> "Documents":
+        borders = torch.zeros(len(lengths) + 1, dtype=torch.int32)
+        borders[1:] = torch.tensor(lengths).cumsum(0)
+        return cls(tuple(lengths), borders)
+
+    @property
+    def longest(self) -> int:
+        return max(self.lengths)
+
+    def to(self, device: torch.device | str, non_blocking: bool = False) -> "Documents":
+        """As of a tensor."""
+        return Documents(self.lengths, self.borders.to(device, non_blocking=non_blocking))
+
+    def pin_memory(self) -> "Documents":
+        """As of a tensor."""
+        return Documents(self.lengths, self.borders.pin_memory())
