@@ -38,7 +38,8 @@ examples:
 _DOCTOR_HELP = """
 examples:
   lowprec doctor
-  lowprec doctor --json
+  lowprec doctor --quick --json
+  lowprec doctor --measure --path /mnt/nvme      this machine's speed, for plans; 90 seconds
 """
 _BENCH_HELP = """
 examples:
@@ -114,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
 
     doctor = verb("doctor", _doctor, "Try what this machine can run, and say why not.", _DOCTOR_HELP)
     doctor.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    doctor.add_argument("--quick", action="store_true", help="leave out the compiler and the disk's speed")
+    doctor.add_argument("--measure", action="store_true", help="write this machine's profile, which plans read")
+    doctor.add_argument("--path", default=".", help="a folder on the disk to measure (--measure)")
 
     bench = verb("bench", _bench, "Repeat a benchmark of docs/benchmarks on this machine.", _BENCH_HELP)
     bench.add_argument("what", choices=["linear", "rotate", "matmul", "ssd"])
@@ -187,9 +191,13 @@ def _merge(options: argparse.Namespace) -> int:
 
 
 def _doctor(options: argparse.Namespace) -> int:
-    from lowprec.doctor import doctor, exit_code, render, to_json
+    from lowprec.doctor import doctor, exit_code, measure_machine, render, to_json
 
-    checks = doctor()
+    if options.measure:
+        measure_machine(options.path, Console(), options.json)
+        return 0
+    with Console(stderr=True).status("Trying") as trying:
+        checks = doctor(options.quick, lambda name: trying.update(f"Tried {_escape(name)}"))
     if options.json:
         print(json.dumps(to_json(checks), indent=2))
     else:

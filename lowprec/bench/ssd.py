@@ -69,21 +69,25 @@ class SsdReport:
 class _Bench:
     """A file of random bytes, and the transfers on it."""
 
-    def __init__(self, path: Path, nbytes: int, direct: bool):
-        self.nbytes = nbytes
+    def __init__(
+        self, path: Path, nbytes: int, direct: bool, block: int = max(BLOCKS), threads: int = max(THREADS)
+    ) -> None:
+        """``block`` and ``threads``: the most that will be used."""
+        self.nbytes, self._block = nbytes, block
         disk = Disk()
         remedy = "Free some space, or choose another path."
         (self.file,) = reserve(disk, [path / f"{PREFIX}bench.bin"], [nbytes], [direct], remedy)
-        self._memory = HostMemory(max(THREADS) * 2 * max(BLOCKS), pin=False)
+        self._memory = HostMemory(threads * 2 * block, pin=False)
         self._memory.tensor.random_()
         contents = bytes_of(self._memory.tensor)
-        self._buffers = [contents[i * max(BLOCKS) : (i + 1) * max(BLOCKS)] for i in range(2 * max(THREADS))]
+        self._buffers = [contents[i * block : (i + 1) * block] for i in range(2 * threads)]
 
     def fill(self) -> None:
         """Write the whole file once: a read of reserved blocks that were never written would not reach the disk."""
-        block = max(BLOCKS)
+        block, buffers = self._block, self._buffers
         with ThreadPoolExecutor(8) as pool:
-            list(pool.map(lambda i: self.file.write(self._buffers[i % 8], i * block), range(self.nbytes // block)))
+            slots = range(self.nbytes // block)
+            list(pool.map(lambda i: self.file.write(buffers[i % len(buffers)], i * block), slots))
 
     def rate(self, mode: str, block: int, threads: int, seconds: float) -> float:
         """GB/s moved in ``seconds`` by ``threads`` readers, writers, or both."""
@@ -129,7 +133,7 @@ def quick(path: str | Path, seconds: float = 6.0, size_gib: float = 1.0) -> tupl
     lock = PathLock(path)
     try:
         direct = direct_refusal(Disk(), path) is None
-        bench = _Bench(path, int(size_gib * GIB) // max(BLOCKS) * max(BLOCKS), direct)
+        bench = _Bench(path, int(size_gib * GIB) // block * block, direct, block, threads)
         try:
             bench.fill()
             rates = [bench.rate(mode, block, threads, seconds / 3) for mode in ("read", "write", "mixed")]

@@ -1,8 +1,12 @@
-"""Versions: of Python and of what lowprec asks for, read from its own metadata so that nothing is listed twice."""
+"""Versions: of Python and of what lowprec asks for, read from its own metadata so that nothing is listed twice.
+
+Each package is imported, not just looked up: one that is there and broken (built for another PyTorch, say) is a 'no'.
+"""
 
 import platform
 from collections.abc import Iterator
-from importlib import metadata
+from functools import cache
+from importlib import import_module, metadata
 from importlib.util import find_spec
 
 from packaging.requirements import Requirement
@@ -46,7 +50,37 @@ def _package(requirement: Requirement, install: str, required: bool) -> Check:
         return Check(
             group=GROUP, name=requirement.name, ok=False, reason="not installed", remedy=install, required=required
         )
-    return _versioned(requirement.name, installed, requirement, install, required)
+    found = _versioned(requirement.name, installed, requirement, install, required)
+    wrong = _import_error(requirement.name) if found.ok else None
+    if wrong is not None:
+        again = f"pip install --force-reinstall '{requirement}'"
+        return Check(group=GROUP, name=requirement.name, ok=False, reason=wrong, remedy=again, required=required)
+    return found
+
+
+def _import_error(distribution: str) -> str | None:
+    """What goes wrong when a package's modules are imported, or None."""
+    for module in _modules().get(_plain(distribution), ()):
+        try:
+            import_module(module)
+        except Exception as error:  # whatever a broken package raises
+            return f"importing {module} fails: {' '.join(str(error).split())[:200] or type(error).__name__}"
+    return None
+
+
+@cache
+def _modules() -> dict[str, list[str]]:
+    """Distribution -> its top modules, those with a leading underscore left out."""
+    found: dict[str, list[str]] = {}
+    for module, distributions in metadata.packages_distributions().items():
+        if module.isidentifier() and not module.startswith("_"):
+            for name in distributions:
+                found.setdefault(_plain(name), []).append(module)
+    return found
+
+
+def _plain(distribution: str) -> str:
+    return distribution.lower().replace("-", "_").replace(".", "_")
 
 
 def _versioned(name: str, installed: str, requirement: Requirement, remedy: str, required: bool) -> Check:

@@ -49,7 +49,7 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
     memory = copy_bandwidth(min(2 * GIB, _free_bytes(device) // 4), device)
     h2d, d2h = link_bandwidth(GIB // 2, device) if gpu else (memory, memory)
     context_mib = _context_mib(device) if gpu else 0.0
-    pinned = _pinned_gib() if gpu else None
+    pinned = pinned_gib() if gpu else None
     products, differences = _products(device, seconds * 5 / 6, progress)
     launch_us = 1e3 * min(sample.ms for samples in products.values() for sample in samples)
     sm_count = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 0
@@ -207,7 +207,7 @@ def _context_mib(device: torch.device) -> float:
         child.communicate("\n")
 
 
-def _pinned_gib(most_gib: float = 16.0) -> float:
+def pinned_gib(most_gib: float = 16.0) -> float:
     """The largest power of two of GiB that can be pinned, up to ``most_gib`` and half the free memory."""
     pinned, size = 0.0, 0.5
     while size <= min(most_gib, psutil.virtual_memory().available / GIB / 2):

@@ -37,10 +37,10 @@ class Profile:
     versions: Mapping[str, str]
     written: str
 
-    def write(self, path: Path) -> None:
-        """Whole or not at all: a reader never sees half a file."""
+    def to_dict(self) -> dict[str, Any]:
+        """What the file holds."""
         machine = {f.name: getattr(self.machine, f.name) for f in fields(Machine) if f.name != "corrections"}
-        stored = {
+        return {
             "format": FORMAT,
             "written": self.written,
             "versions": dict(self.versions),
@@ -50,9 +50,12 @@ class Profile:
             "validation": {kind: asdict(found) for kind, found in self.validation.items()},
             "products": {kind: [list(sample) for sample in samples] for kind, samples in self.products.items()},
         }
+
+    def write(self, path: Path) -> None:
+        """Whole or not at all: a reader never sees half a file."""
         path.parent.mkdir(parents=True, exist_ok=True)
         partial = path.with_name(f"{path.name}.{os.getpid()}")
-        partial.write_text(json.dumps(stored, indent=1), encoding="utf-8")
+        partial.write_text(json.dumps(self.to_dict(), indent=1), encoding="utf-8")
         partial.replace(path)
 
 

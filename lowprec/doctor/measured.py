@@ -1,0 +1,70 @@
+"""``doctor --measure``: measure with a bar, write the profile, show what was found."""
+
+import json
+from pathlib import Path
+
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
+from rich.table import Table
+
+from lowprec.errors import UserError
+from lowprec.machine.measure import measure
+from lowprec.machine.profile import Profile, profile_path
+
+
+def measure_machine(folder: str, console: Console, as_json: bool) -> None:
+    """Write this machine's profile and print it, as a table or as the JSON that was written.
+
+    Args:
+        folder: on the disk to measure.
+
+    Raises:
+        UserError: the folder is not there, has no room, or is held by a run.
+    """
+    if not Path(folder).is_dir():
+        raise UserError(f"--path {folder} is not a folder: give one on the disk whose speed plans should count with.")
+    columns = (TextColumn("measuring"), BarColumn(), TimeElapsedColumn(), TextColumn("{task.description}"))
+    with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
+        task = bar.add_task("", total=1.0)
+        profile = measure(Path(folder), lambda what, share: bar.update(task, completed=share, description=what))
+    profile.write(profile_path())
+    if as_json:
+        print(json.dumps(profile.to_dict(), indent=1))
+    else:
+        render_profile(profile, console)
+        console.print(f"Written to {profile_path()}.", soft_wrap=True, highlight=False)
+
+
+def render_profile(profile: Profile, console: Console) -> None:
+    """Two tables: rates, and how well products that were not measured are predicted."""
+    machine, limits = profile.machine, profile.limits
+    rates = Table(title=machine.name, title_justify="left", show_header=False, box=None)
+    rates.add_row("memory, read and written", f"{machine.memory_gb_per_s:.3g} GB/s")
+    if machine.capability is not None:
+        rates.add_row("memory of the card", f"{machine.vram_gib:.1f} GiB, {machine.context_mib:.0f} MiB of context")
+        rates.add_row("to the card, from it", f"{machine.h2d_gb_per_s:.3g}, {machine.d2h_gb_per_s:.3g} GB/s")
+        rates.add_row("host memory pinned at once", f"{limits['pinned_gib']:g} GiB at least")
+        rates.add_row("power limit", f"{machine.power_w:.0f} W" if machine.power_w else "hidden by the driver")
+    way = "O_DIRECT" if limits["disk_direct"] else "through the page cache"
+    disk = (
+        f"{machine.disk_read_gb_per_s:.3g}, {machine.disk_write_gb_per_s:.3g}, {machine.disk_mixed_gb_per_s:.3g} GB/s"
+    )
+    rates.add_row("disk, read, write, both at once", f"{disk} ({way}, {limits['disk_path']})")
+    rates.add_row("least time of a product", f"{machine.launch_us:.3g} us")
+    console.print(rates, highlight=False)
+    products = Table(title="\nProducts, and predictions of layers that were held out", title_justify="left", box=None)
+    for column in ("kind", "TFLOP/s", "timed", "median error", "90 % within", "median error of the bound alone"):
+        products.add_column(column, justify="left" if column == "kind" else "right")
+    for kind, found in profile.validation.items():
+        errors = (found.median_error, found.p90_error, found.median_error_of_bound)
+        shown = (f"{100 * error:.1f} %" for error in errors)
+        products.add_row(kind, f"{machine.tflops[kind]:.3g}", str(found.products), *shown)
+    console.print(products, highlight=False)
+    repeat = f"The same product, timed twice, differs by {100 * profile.repeat_error:.1f} % (median)."
+    console.print(repeat, highlight=False)
+    if profile.repeat_error > BUSY:
+        console.print("[yellow]Something else is running here:[/] measure again when it is quiet.", highlight=False)
+
+
+BUSY = 0.1
+"""A difference between two times that says more of other work than of the machine."""
