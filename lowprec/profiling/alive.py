@@ -2,8 +2,8 @@
 operator that made it to its end.
 
 Kinds: ``weights``, ``adapters``, ``gradients`` and ``optimizer`` by what holds the storage; ``logits``: whatever ends
-in the vocabulary's size; ``activations``: what a forward pass leaves for backward, recomputed ones too; ``workspace``: all
-that is gone when the pass that made it is over (temporaries, gradients of activations). What a storage is, is often
+in the vocabulary's size; ``activations``: what a forward pass leaves for backward, recomputed ones too; ``workspace``:
+all that is gone when the pass that made it is over (temporaries, gradients of activations). What a storage is, is often
 known only later, so kinds are settled when the step is over.
 
 On CUDA the allocator is asked beside it, operator by operator: what it holds above the sum of the storages (memory that

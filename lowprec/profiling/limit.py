@@ -44,8 +44,8 @@ def limited(device: torch.device, gib: float | None) -> Iterator[str | None]:
     torch.cuda.set_per_process_memory_fraction((gib * GIB - context) / total, device)
     try:
         yield (
-            f"This GPU behaves as one of {gib:g} GiB ({context / GIB:.2f} of them the context). Its speed is still that "
-            f"of the {torch.cuda.get_device_name(device)}."
+            f"This GPU behaves as one of {gib:g} GiB ({context / GIB:.2f} of them the context). Its speed is still "
+            f"that of the {torch.cuda.get_device_name(device)}."
         )
     finally:
         torch.cuda.set_per_process_memory_fraction(1.0, device)

@@ -25,7 +25,8 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 .tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:13px}
 svg{display:block;width:100%;height:auto;overflow:visible}svg text{font-size:12px;fill:var(--soft)}
 svg text.on{fill:var(--on)}svg text.end{text-anchor:end}svg text.mid{text-anchor:middle}
-svg .grid{stroke:var(--line)}svg .edge{stroke:var(--soft);stroke-dasharray:2 3}svg .mark{stroke:var(--c3);stroke-width:2}
+svg .grid{stroke:var(--line)}svg .edge{stroke:var(--soft);stroke-dasharray:2 3}
+svg .mark{stroke:var(--c3);stroke-width:2}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;padding:0;margin:10px 0 0;font-size:13px}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
@@ -94,10 +95,10 @@ def _section(title: str, body: str, kind: str = "") -> str:
 def _table(columns: Sequence[tuple[str, str]], rows: Iterable[Sequence[object]]) -> str:
     """``columns``: heading and CSS class (``n`` for numbers, ``name`` for code)."""
     head = "".join(f'<th class="{kind}">{escape(heading)}</th>' for heading, kind in columns)
-    body = "".join(
-        f"<tr>{''.join(f'<td class={kind!r}>{escape(str(v))}</td>' for v, (_, kind) in zip(row, columns, strict=True))}</tr>"
-        for row in rows
-    )
+    body = ""
+    for row in rows:
+        cells = (f'<td class="{kind}">{escape(str(value))}</td>' for value, (_, kind) in zip(row, columns, strict=True))
+        body += f"<tr>{''.join(cells)}</tr>"
     return f'<div class="scroll"><table><tr>{head}</tr>{body}</table></div>'
 
 
@@ -161,8 +162,8 @@ def _time(figures: Figures) -> str:
         return ""
     phases = figures["phases_ms"]
     within = (
-        f'<p class="soft">Of it the disk kept training waiting for {ms(phases.get("disk_wait", 0))}. The host waited for '
-        f"the device for {ms(phases.get('host_sync', 0))}, which costs nothing while the device has work.</p>"
+        f'<p class="soft">Of it the disk kept training waiting for {ms(phases.get("disk_wait", 0))}. The host waited '
+        f"for the device for {ms(phases.get('host_sync', 0))}, which costs nothing while the device has work.</p>"
     )
     spread = (
         f"<p>Median {ms(figures['step_time_ms_p50'])}, 90th percentile {ms(figures['step_time_ms_p90'])}</p>"
@@ -199,7 +200,8 @@ def _memory(figures: Figures) -> str:
         return ""
     at = memory["at"]
     when = "Memory ran out" if memory["ran_out"] else "The peak"
-    where = f"{at['phase'] or 'before the step'}{f' in {at["module"]}' if at['module'] else ''} ({at['operator']})"
+    module = f" in {at['module']}" if at["module"] else ""
+    where = f"{at['phase'] or 'before the step'}{module} ({at['operator']})"
     told = f"<p>{when}: {gib(memory['peak_gib'])}, {escape(where)}</p>"
     modules = _table(
         [("module", "name"), ("kind", ""), ("tensors", "n"), ("size", "n")],

@@ -11,8 +11,9 @@
     print(profile)
     profile.save("profiles/mine")
 
-After the warm-up come the steps that are timed, with probes that wait for nothing; then three that are looked at closely
-and not timed: memory and FLOPs operator by operator, a trace of the kernels, and on CUDA the allocator's history.
+After the warm-up come the steps that are timed, with probes that wait for nothing; then three that are looked at
+closely and not timed: memory and FLOPs operator by operator, a trace of the kernels, on CUDA the allocator's
+history.
 """
 
 import gc
@@ -136,7 +137,7 @@ class Session:
             self._host_s_before = self.probes.host_s
         with self._looking_closely(stage):
             self.probes.on_step_start()
-            counts = {"tokens": tokens, "trained_tokens": trained_tokens, "padding": padding}
+            counts: dict[str, float] = {"tokens": tokens, "trained_tokens": trained_tokens, "padding": padding}
             self._under_way.append((stage, counts))
             yield
             self.phases.leave()
@@ -153,7 +154,10 @@ class Session:
         return figures(self)
 
     def save(self, folder: str | Path) -> Path:
-        """Write ``profile.json``, ``profile.html``, the trace and, on CUDA, the allocator's history; returns the folder.
+        """Write ``profile.json``, ``profile.html``, the trace and, on CUDA, the allocator's history.
+
+        Returns:
+            The folder.
 
         Raises:
             UserError: the folder is not empty.
