@@ -18,6 +18,7 @@ from lowprec.data.collate import Inputs, collate, trained_positions
 from lowprec.data.order import EpochOrder, Order, State, Step
 from lowprec.data.prepare import PreparedData
 from lowprec.data.rows import Rows
+from lowprec.data.samples import RowsInMemory, to_item
 from lowprec.data.stream import Stream, StreamOrder
 from lowprec.errors import UserError
 
@@ -109,6 +110,7 @@ class StepLoader:
         self.batch_size = per_device_batch_size
         self.effective_batch_size = per_device_batch_size * gradient_accumulation_steps * world_size
         self.rank, self.world_size = rank, world_size
+        self._max_length, self._attention = prepared.summary.max_length, prepared.evaluation.attention
         self.pad_token_id = pad_token_id
         self.device = torch.device(device) if device is not None else None
         if self.device is not None and self.device.type == "cuda" and self.device.index is None:
@@ -166,6 +168,19 @@ class StepLoader:
                 f"has train.seed={self._state['seed']}. Resume with the same, or start in another train.output_dir."
             )
         self._state = dict(state)
+
+    def longest(self, num_rows: int) -> Inputs:
+        """The largest micro-batch of so many rows that can come, on the device. Of a stream, whose rows are not known,
+        rows of ``data.max_length`` tokens.
+        """
+        if isinstance(self._order, EpochOrder):
+            rows: Rows = self._order.rows
+            part = np.argsort(-rows.num_tokens, kind="stable")[:num_rows]
+        else:
+            item = to_item([self.pad_token_id] * self._max_length, [self.pad_token_id] * self._max_length)
+            rows, part = RowsInMemory([item], self._attention), np.zeros(num_rows, dtype=np.int64)
+        inputs = self._collated(rows, part)
+        return _to(inputs, self.device) if self.device is not None else inputs
 
     def __iter__(self) -> Iterator[StepBatch]:
         for batch in ahead(map(self._batch, self._order.steps(self._state, self.effective_batch_size))):

@@ -2,7 +2,7 @@
 
 import math
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
@@ -25,6 +25,7 @@ from lowprec.prepare import wrap
 from lowprec.profiling.probe import Probes
 from lowprec.report import dtypes, peak_memory
 from lowprec.run_folder import RunFolder, Status, read_report
+from lowprec.train.batch_size import find_batch_size, states_to_come
 from lowprec.train.clock import Mark
 from lowprec.train.evaluation import answer, evaluate
 from lowprec.train.interrupt import StopRequest, stop_on_signals
@@ -32,7 +33,7 @@ from lowprec.train.launch import claim_run_folder, start_accelerator
 from lowprec.train.nonfinite import NonFiniteError, find_origin
 from lowprec.train.out_of_memory import OutOfMemoryError, explain
 from lowprec.train.recorder import Recorder
-from lowprec.train.resume import check_same_run
+from lowprec.train.resume import check_same_run, stored_division
 from lowprec.train.state import TrainState, random_state, trainable
 from lowprec.train.step import StepScalars, TrainStep
 
@@ -181,21 +182,15 @@ class Run:
             self.recorder.facts["lora"] = fused.to_dict()
         data_notes = fit_to_model(self.data, self.model)
         self.optimizer = recipe.optimizer.build(self.model, recipe.state_store)
-        self.loader = StepLoader(
-            self.data,
-            per_device_batch_size=options.per_device_train_batch_size,
-            gradient_accumulation_steps=options.gradient_accumulation_steps,
-            rank=self.accelerator.process_index,
-            world_size=self.accelerator.num_processes,
-            seed=options.seed,
-            pad_token_id=self.tokenizer.pad_token_id,
-            device=device,
-        )
+        self.wrapped = self.accelerator.prepare_model(self.model)
+        self.loader = self._loader()
+        if options.find_batch_size:
+            self._find_batch_size()
+            self.loader = self._loader()
         self.num_steps = options.max_steps or self.loader.num_steps(options.num_train_epochs)
         self.schedule = build_schedule(self.optimizer, recipe.optimizer, self.num_steps)
         self.state = TrainState(self.model, self.optimizer, self.schedule, self.loader, recipe, self.progress)
         self._update_in_backward()
-        self.wrapped = self.accelerator.prepare_model(self.model)
         prepared_optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.step = TrainStep(self.wrapped, prepared_optimizer, self.schedule, self.accelerator, options.max_grad_norm)
         self.probes = Probes([self.step.phases] if recipe.profile.in_training else [])
@@ -207,6 +202,40 @@ class Run:
         counts = {recipe.model.dtype if name == "bf16" else name: n for name, n in layers.counts().items()}
         self.recorder.facts.update(layers=counts, wrap=layers.to_dict(), notes=notes)
         self._describe()
+
+    def _loader(self) -> StepLoader:
+        options = self.recipe.train
+        return StepLoader(
+            self.data,
+            per_device_batch_size=options.per_device_train_batch_size,
+            gradient_accumulation_steps=options.gradient_accumulation_steps,
+            rank=self.accelerator.process_index,
+            world_size=self.accelerator.num_processes,
+            seed=options.seed,
+            pad_token_id=self.tokenizer.pad_token_id,
+            device=self.accelerator.device,
+        )
+
+    def _find_batch_size(self) -> None:
+        """Settle the recipe's division of the effective batch: by trial, or as the checkpoint has it."""
+        options = self.recipe.train
+        effective = options.per_device_train_batch_size * options.gradient_accumulation_steps
+        resumed = self.folder.resume_from and stored_division(self.folder.resume_from)
+        if resumed and resumed[0] * resumed[1] == effective:
+            options.per_device_train_batch_size, options.gradient_accumulation_steps = resumed
+            return
+        found = find_batch_size(
+            self.wrapped, self.loader, self.accelerator, effective, states_to_come(self.recipe, self.model)
+        )
+        options.per_device_train_batch_size = found.batch_size
+        options.gradient_accumulation_steps = found.accumulation
+        self.recorder.facts["find_batch_size"] = asdict(found)
+        tried = f", {found.too_large} did not" if found.too_large else ""
+        self.console.print(
+            f"train.find_batch_size: {found.batch_size} of the longest samples fit at once{tried}. A step takes "
+            f"{effective} samples as {found.accumulation} x {found.batch_size}.",
+            highlight=False,
+        )
 
     def _update_in_backward(self) -> None:
         """Where nothing needs all gradients at once, free each as soon as its weight is updated."""

@@ -3,6 +3,7 @@
 from dataclasses import dataclass, field
 
 from lowprec.errors import UserError
+from lowprec.machine.footprint import WORLD_G_CO2E_PER_KWH
 
 AUTO = "auto"
 CHECKPOINTING = ("none", "full", "selective", "offload", AUTO)
@@ -22,6 +23,9 @@ class Train:
     per_device_train_batch_size: int = 1
     per_device_eval_batch_size: int = 8
     gradient_accumulation_steps: int = 1
+    find_batch_size: bool = False
+    """Before the first step, replace the two above by the largest micro-batch that fits and the accumulation that keeps
+    the effective batch."""
     gradient_checkpointing: str = "none"
     """What backward needs of a layer: ``none`` keeps all of it, ``full`` computes it again from the layer's input
     (about a third more computing for several times less memory), ``selective`` keeps what is dear to compute and cheap
@@ -48,6 +52,9 @@ class Train:
     report_to: list[str] = field(default_factory=lambda: [AUTO])
     """Trackers of Accelerate: ``auto`` is TensorBoard where installed; ``wandb``, ``mlflow``, ...; empty for none."""
 
+    grid_g_co2e_per_kwh: float = WORLD_G_CO2E_PER_KWH
+    """Grams of CO2 equivalent a kWh of the electricity here, for the report; by default the world's average."""
+
     def __post_init__(self) -> None:
         self.gradient_checkpointing = _policy(self.gradient_checkpointing)
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
@@ -56,6 +63,8 @@ class Train:
         for key in ("max_steps", "eval_steps", "eval_max_samples", "save_steps", "save_total_limit"):
             if getattr(self, key) is not None:
                 _at_least_one(key, getattr(self, key))
+        if self.grid_g_co2e_per_kwh < 0:
+            raise UserError(f"train.grid_g_co2e_per_kwh={self.grid_g_co2e_per_kwh} must be 0 or more.")
         if self.num_train_epochs <= 0:
             raise UserError(f"train.num_train_epochs={self.num_train_epochs} must be greater than 0.")
         if self.num_sample_answers < 0:

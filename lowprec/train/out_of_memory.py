@@ -15,6 +15,8 @@ class OutOfMemoryError(UserError):
 
 def explain(recipe: Recipe, model: nn.Module | None, optimizer: torch.optim.Optimizer | None) -> str:
     """One paragraph: what is allocated by kind, and what to change, the largest gain first."""
+    if not torch.cuda.is_available():
+        return f"Out of memory. What lowers it, the cheapest first: {'; '.join(remedies(recipe))}."
     free, total = torch.cuda.mem_get_info()
     parameters = [p for p in model.parameters() if p.is_cuda] if model is not None else []
     weights = sum(p.nbytes for p in parameters)
@@ -33,29 +35,30 @@ def explain(recipe: Recipe, model: nn.Module | None, optimizer: torch.optim.Opti
     )
     return (
         f"Out of GPU memory: {total / GIB:.2f} GiB in all, {peak / GIB:.2f} GiB taken by this run at its peak "
-        f"({held}). What lowers it, the cheapest first: {'; '.join(_remedies(recipe, states > rest))}."
+        f"({held}). What lowers it, the cheapest first: {'; '.join(remedies(recipe, states > rest))}."
     )
 
 
-def _remedies(recipe: Recipe, states_dominate: bool) -> list[str]:
+def remedies(recipe: Recipe, states_dominate: bool = False) -> list[str]:
+    """Keys and values that lower the memory, the cheapest first."""
     train = recipe.train
-    remedies = []
+    found = []
     lighter = {"none": "full", "selective": "full", "full": "offload", "auto": "full"}.get(train.gradient_checkpointing)
     if lighter is not None:
-        remedies.append(f"train.gradient_checkpointing={lighter}")
+        found.append(f"train.gradient_checkpointing={lighter}")
     if train.per_device_train_batch_size > 1:
         size = train.per_device_train_batch_size
         half, accumulation = size // 2, train.gradient_accumulation_steps * 2
-        remedies.append(
+        found.append(
             f"train.per_device_train_batch_size={half} train.gradient_accumulation_steps={accumulation} "
             "(about the same effective batch)"
         )
     if recipe.data.max_length > 256:
-        remedies.append(f"data.max_length={recipe.data.max_length // 2}")
+        found.append(f"data.max_length={recipe.data.max_length // 2}")
     if recipe.choice("adapter") == "none":
         offload = "state_store=cpu or state_store=ssd state_store.path=..."
-        remedies.insert(0, offload) if states_dominate else remedies.append(offload)
-        remedies.append("adapter=lora")
+        found.insert(0, offload) if states_dominate else found.append(offload)
+        found.append("adapter=lora")
     elif recipe.choice("weights") != "nf4":
-        remedies.append("weights=nf4")
-    return remedies
+        found.append("weights=nf4")
+    return found

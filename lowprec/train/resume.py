@@ -11,7 +11,7 @@ from lowprec.errors import UserError
 _HARMLESS = ("name", "defaults", "train.output_dir", "train.resume_from_checkpoint", "train.save_steps",
              "train.save_total_limit", "train.eval_steps", "train.eval_max_samples", "train.num_sample_answers",
              "train.sample_max_new_tokens", "train.gradient_checkpointing", "train.report_to",
-             "train.per_device_eval_batch_size")  # fmt: skip
+             "train.per_device_eval_batch_size", "train.grid_g_co2e_per_kwh")  # fmt: skip
 _BINDING = (
     "model.model_name_or_path",
     "model.dtype",
@@ -51,6 +51,14 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
         f"{key} was {before.get(key)} in the checkpoint and is {now.get(key)} now: the rest is not that of one run."
         for key in changed
     ]
+
+
+def stored_division(checkpoint: Path) -> tuple[int, int] | None:
+    """Micro-batch and accumulation of the run that wrote a checkpoint."""
+    stored = _flat(OmegaConf.to_container(OmegaConf.create((checkpoint / RECIPE_FILE).read_text())))
+    size, accumulation = (stored.get(f"train.{key}") for key in ("per_device_train_batch_size",
+                                                                "gradient_accumulation_steps"))  # fmt: skip
+    return (size, accumulation) if size and accumulation else None
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

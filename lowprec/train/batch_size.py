@@ -1,0 +1,115 @@
+"""``train.find_batch_size``: the largest micro-batch that fits, tried with training's own forward and backward pass."""
+
+from collections.abc import Callable, Sequence
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from accelerate import Accelerator
+from torch import nn
+
+from lowprec.config import Recipe
+from lowprec.data import StepLoader
+from lowprec.plan.states import Trained, states_of
+from lowprec.train.state import random_state, set_random_state
+from lowprec.train.step import loss_sum
+
+MARGIN = 0.02
+"""Share of the device's memory that is kept free: batches to come are cut otherwise and fragment it."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Found:
+    """How an effective batch is divided."""
+
+    batch_size: int
+    accumulation: int
+    too_large: int | None
+    """The next size, which did not fit; None where all that divide the effective batch do."""
+
+
+def divisors(number: int) -> list[int]:
+    """Ascending."""
+    return [size for size in range(1, number + 1) if number % size == 0]
+
+
+def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> tuple[int | None, int | None]:
+    """Try ``sizes`` from the smallest on, so that memory runs out once at most.
+
+    Returns:
+        The last that fits (None where none does), and the one that did not (None where all do).
+    """
+    best = None
+    for size in sizes:
+        if not fits(size):
+            return best, size
+        best = size
+    return best, None
+
+
+def find_batch_size(
+    model: nn.Module, loader: StepLoader, accelerator: Accelerator, effective: int, reserved_bytes: int
+) -> Found:
+    """The largest size of a micro-batch that divides ``effective`` and fits, on the longest rows there are.
+
+    Weights, optimizer states and random states are left as they are, and no gradient stays. With several processes all
+    take the smallest of their findings.
+
+    Args:
+        model: as training calls it.
+        effective: rows that a process takes in one optimizer step.
+        reserved_bytes: of the device, for what comes later (the optimizer's states).
+
+    Raises:
+        torch.OutOfMemoryError: not even one row fits.
+    """
+    bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)  # processes may fail alone: nothing is exchanged
+    sizes = divisors(effective)
+    best, too_large = largest_that_fits(
+        sizes, lambda size: _fits(bare, loader, accelerator, size, size < effective, reserved_bytes)
+    )
+    shared = accelerator.gather(torch.tensor([best or 0], device=accelerator.device))
+    size = int(shared.min())
+    if size == 0:
+        raise torch.OutOfMemoryError("A micro-batch of one sample, the longest, does not fit.")
+    if size != best:
+        too_large = next((larger for larger in sizes if larger > size), None)
+    return Found(batch_size=size, accumulation=effective // size, too_large=too_large)
+
+
+def states_to_come(recipe: Recipe, model: nn.Module) -> int:
+    """Bytes on the device that the optimizer takes at its first step. A store elsewhere has its buffers already."""
+    if recipe.choice("state_store") != "gpu":
+        return 0
+    trained = [Trained(name, p.numel(), p.dtype) for name, p in model.named_parameters() if p.requires_grad]
+    return sum(nbytes for _, nbytes in states_of(recipe, trained).device)
+
+
+def _fits(
+    model: Any, loader: StepLoader, accelerator: Accelerator, size: int, accumulates: bool, reserved_bytes: int
+) -> bool:
+    """Take the passes of one size, the second with the first one's gradients alive, as accumulation has them."""
+    device = accelerator.device
+    chance = random_state()
+    reserved = inputs = loss = None
+    try:
+        with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
+            if device.type == "cuda":
+                reserved_bytes += int(MARGIN * torch.cuda.get_device_properties(device).total_memory)
+            reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=device)
+            inputs = loader.longest(size)
+            for _ in range(2 if accumulates else 1):
+                loss = loss_sum(model, inputs) / inputs["labels"].numel()
+                accelerator.backward(loss)
+            if device.type == "cuda":
+                torch.cuda.synchronize(device)
+        return True
+    except torch.OutOfMemoryError:
+        return False
+    finally:
+        del reserved, inputs, loss
+        model.zero_grad(set_to_none=True)
+        set_random_state(chance)
+        if device.type == "cuda":
+            torch.cuda.empty_cache()
