@@ -123,7 +123,7 @@ def print_summary(report: dict[str, Any], folder: Path, console: Console) -> Non
     before, after = report.get("eval_loss_before"), report.get("eval_loss_after")
     if before is not None and after is not None:
         table.add_row("held-out loss", f"{before:.3f} -> {after:.3f}  ({100 * (after / before - 1):+.1f} %)")
-    if "tokens_per_second" in report:
+    if report.get("tokens_per_second") is not None:
         speeds = f"{report['tokens_per_second']:,.0f} ({report['all_tokens_per_second']:,.0f} with prompts and padding)"
         table.add_row("trained tokens/s", speeds)
         table.add_row("step time, median", f"{report['step_time_ms_p50']:,.0f} ms")
@@ -132,6 +132,8 @@ def print_summary(report: dict[str, Any], folder: Path, console: Console) -> Non
     if report["peak_vram_gib"]:
         table.add_row("peak VRAM", f"{report['peak_vram_gib']:.2f} GiB")
     table.add_row("peak RAM", f"{report['peak_ram_gib']:.2f} GiB")
+    for name, text in _footprint(report["footprint"]):
+        table.add_row(name, text)
     table.add_row("linear layers", ", ".join(f"{count} {scheme}" for scheme, count in report["layers"].items()))
     table.add_row("trained parameters", _counts(report["dtypes"]["trained_parameters"]))
     table.add_row("optimizer states", _states(report))
@@ -145,6 +147,22 @@ def shares(phases_ms: dict[str, float]) -> str:
     parts = {name: phases_ms[name] for name in PHASES if phases_ms.get(name)}
     total = sum(parts.values())
     return ", ".join(f"{name} {ms / total:.0%}" for name, ms in sorted(parts.items(), key=lambda part: -part[1]))
+
+
+def _footprint(found: dict[str, Any]) -> list[tuple[str, str]]:
+    """Rows on energy and the card's life; none of what is not known."""
+    rows = []
+    if found["energy_kwh"] is not None:
+        how = {"nvml": "the card's counter", "board limit": "an estimate by its power limit", "rapl": "the processor's"}
+        rows.append(("energy", f"{found['energy_kwh']:.3g} kWh ({how[found['energy_source']]})"))
+        grid = f"{found['grid_g_co2e_per_kwh']:g} g a kWh"
+        rows.append(("CO2e of it", f"{found['co2e_g']:.3g} g at {grid} (train.grid_g_co2e_per_kwh)"))
+    if found["gpu_hours"] > 0:
+        share, grams = 100 * found["card_life_share"], found["embodied_co2e_g"]
+        rows.append(
+            ("of a card's life", f"{share:.2g} % in {found['gpu_hours']:.3g} h, {grams:.2g} g CO2e of its making")
+        )
+    return rows
 
 
 def plot_loss(rows: list[dict[str, Any]], target: Path, title: str) -> None:

@@ -40,13 +40,13 @@ class EnergyMeter:
     """Starts when it is made; ``read()`` at any later time, at least every ten minutes where RAPL is read, whose
     counters wrap."""
 
-    def __init__(self, devices: Sequence[torch.device] = (), powercap: Path = POWERCAP) -> None:
+    def __init__(self, devices: Sequence[torch.device] = (), powercap: Path | None = None) -> None:
         """Args:
         devices: the GPUs to count; none of type ``cuda`` means the processor.
-        powercap: where the kernel shows RAPL.
+        powercap: where the kernel shows RAPL; None for its usual place.
         """
         gpus = [device for device in devices if device.type == "cuda"]
-        self.source, self.note, self._sources = _gpu_sources(gpus) if gpus else _cpu_sources(powercap)
+        self.source, self.note, self._sources = _gpu_sources(gpus) if gpus else _cpu_sources(powercap or POWERCAP)
         self._joules = 0.0
         self._began = time.perf_counter()
         self._last = [read() for read, _ in self._sources]

@@ -1,6 +1,10 @@
 """Energy and card hours as kWh, CO2e and a share of a card's life. Sources of the factors: docs/footprint.md."""
 
-from dataclasses import dataclass
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass
+from typing import Any
+
+from lowprec.machine.energy import Energy
 
 J_PER_KWH = 3.6e6
 WORLD_G_CO2E_PER_KWH = 473.0
@@ -42,3 +46,25 @@ def footprint(joules: float | None, gpu_hours: float, grid_g_co2e_per_kwh: float
         card_life_share=share,
         embodied_co2e_g=share * CARD_EMBODIED_KG_CO2E * 1e3,
     )
+
+
+def run_footprint(
+    energy: Energy, num_gpus: int, grid_g_co2e_per_kwh: float, earlier: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
+    """``footprint`` of ``report.json``: the fields of :class:`Footprint`, with what was metered and how.
+
+    Args:
+        earlier: the same of the process that this one resumes: both are added up.
+    """
+    seconds, joules = energy.seconds, energy.joules
+    if earlier:
+        seconds += earlier["seconds"]
+        joules = None if joules is None or earlier["energy_j"] is None else joules + earlier["energy_j"]
+    gpu_hours = energy.seconds * num_gpus / 3600 + (earlier["gpu_hours"] if earlier else 0.0)
+    return {
+        "seconds": round(seconds, 1),
+        "energy_j": joules,
+        "energy_source": energy.source,
+        "energy_note": energy.note,
+        **asdict(footprint(joules, gpu_hours, grid_g_co2e_per_kwh)),
+    }

@@ -2,13 +2,15 @@
 
 from typing import Any
 
+import torch
 from accelerate import Accelerator
 from rich.console import Console
 
 from lowprec.checkpoint import MANIFEST, checkpoints
 from lowprec.config import RECIPE_FILE, Recipe
+from lowprec.machine import EnergyMeter, run_footprint
 from lowprec.report import hardware, peak_memory, phases, plot_loss, print_summary, speed, versions
-from lowprec.run_folder import RunFolder, Status
+from lowprec.run_folder import RunFolder, Status, read_report
 
 
 class Recorder:
@@ -19,6 +21,9 @@ class Recorder:
         self.facts: dict[str, Any] = {"layers": {}, "dtypes": {}, "notes": []}
         """What the report says beside the progress: filled as it becomes known."""
         self._rows: list[dict[str, Any]] = []
+        self._gpus = _gpus(accelerator)
+        self._meter = EnergyMeter(self._gpus)
+        self._earlier: dict[str, Any] = {}
 
     def begin(self, first_step: int) -> None:
         """Write the resolved recipe, and drop what an earlier run measured at steps that will be taken again.
@@ -26,6 +31,8 @@ class Recorder:
         Args:
             first_step: the last step that is already done; 0 at the beginning.
         """
+        if self.folder.resume_from:
+            self._earlier = read_report(self.folder.path).get("footprint", {})
         if self.accelerator.is_main_process:
             self.folder.forget_metrics_after(first_step if self.folder.resume_from else -1)
             (self.folder.path / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
@@ -35,6 +42,7 @@ class Recorder:
         """A row of ``metrics.jsonl``, to the trackers as well."""
         if "loss" in row:
             self._rows.append(row)
+        self._meter.read()  # counters of processors wrap within the hour
         if self.accelerator.is_main_process:
             self.folder.append_metrics(row)
         self.accelerator.log({name: value for name, value in row.items() if name != "step"}, step=row["step"])
@@ -53,6 +61,9 @@ class Recorder:
             **speed(self._rows),
             **phases(self._rows),
             **peak_memory(),
+            "footprint": run_footprint(
+                self._meter.read(), len(self._gpus), self.recipe.train.grid_g_co2e_per_kwh, self._earlier
+            ),
             **self.facts,
             "answers_before": progress["answers_before"],
             "answers_after": progress["answers"],
@@ -87,6 +98,15 @@ class Recorder:
         """The newest checkpoint, for messages: not verified, since that reads all of it."""
         sealed = [folder for folder in checkpoints(self.folder.checkpoints) if (folder / MANIFEST).is_file()]
         return str(sealed[-1]) if sealed else None
+
+
+def _gpus(accelerator: Accelerator) -> list[torch.device]:
+    """The GPUs that the processes of this machine train on; empty on a processor."""
+    if accelerator.device.type != "cuda":
+        return []
+    if accelerator.num_processes == 1:
+        return [accelerator.device]
+    return [torch.device("cuda", index) for index in range(min(accelerator.num_processes, torch.cuda.device_count()))]
 
 
 def _plain(text: str) -> str:

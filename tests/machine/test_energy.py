@@ -1,3 +1,4 @@
+import sys
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -72,7 +73,7 @@ class Nvml:
 
 
 def meter_on(nvml: Nvml, monkeypatch) -> EnergyMeter:
-    monkeypatch.setitem(__import__("sys").modules, "pynvml", nvml)
+    monkeypatch.setitem(sys.modules, "pynvml", nvml)
     monkeypatch.setattr(energy, "nvml_handle", lambda module, device: str(device))
     return EnergyMeter([torch.device("cuda", 0)])
 

@@ -16,7 +16,7 @@ from tests.train.conftest import run
 
 REPORT_FIELDS = {
     "status", "steps", "eval_loss_before", "eval_loss_after", "train_tokens", "tokens_per_second", "step_time_ms_p50",
-    "peak_vram_gib", "peak_ram_gib", "layers", "versions", "hardware", "dtypes", "data",
+    "peak_vram_gib", "peak_ram_gib", "layers", "versions", "hardware", "dtypes", "data", "footprint",
 }  # fmt: skip
 
 
