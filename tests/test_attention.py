@@ -2,10 +2,14 @@
 
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
 
-from lowprec.attention import CAUSAL_SDPA, attend_without_masks
+from lowprec.attention import CAUSAL_SDPA, attend_without_masks, attention, why_no_flash
 from lowprec.data.collate import collate
-from lowprec.testing import ARCHITECTURES, tiny_model
+from lowprec.data.documents import Documents
+from lowprec.data.rows import PackedAttention
+from lowprec.testing import ARCHITECTURES, sqnr_db, tiny_model
 from lowprec.train.step import loss_sum
 
 
@@ -63,3 +67,92 @@ def test_windows_and_other_implementations_keep_their_masks(arch, fields):
     before = model.config._attn_implementation
     assert not attend_without_masks(model)
     assert model.config._attn_implementation == before != CAUSAL_SDPA
+
+
+@pytest.mark.parametrize(
+    ("arch", "fields"),
+    [("mistral", {}), ("qwen3", {"use_sliding_window": True, "max_window_layers": 1})],
+)
+def test_a_window_that_hides_nothing_needs_no_mask(arch, fields):
+    model = tiny_model(arch, sliding_window=17, **fields)
+    assert not attend_without_masks(model, longest=18)
+    inputs = collate(rows([5, 17, 9]), pad_token_id=256, attention=None)
+    expected = loss_sum(model, inputs)
+    assert attend_without_masks(model, longest=17)
+    torch.testing.assert_close(loss_sum(model, inputs), expected, rtol=1e-6, atol=0)
+
+
+def packed(lengths):
+    items = rows(lengths)
+    joined = [token for item in items for token in item["input_ids"]]
+    labels = [-100 if i == 0 else label for item in items for i, label in enumerate(item["labels"])]
+    return {"input_ids": joined, "labels": labels, "lengths": lengths}
+
+
+BATCH = [packed([9, 1, 14]), packed([5]), packed([8, 17, 11])]
+
+
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2", "opt"])
+def test_lengths_give_the_gradients_that_masks_give(arch):
+    results = []
+    for attention in (PackedAttention.BOOL_MASK, PackedAttention.DOCUMENTS):
+        model = tiny_model(arch, use_cache=False)
+        if attention is PackedAttention.DOCUMENTS:
+            assert attend_without_masks(model)
+        loss = loss_sum(model, collate(BATCH, pad_token_id=256, attention=attention))
+        loss.backward()
+        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
+    (expected, gradient), (loss, mine) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-5, atol=0)
+    assert sqnr_db(gradient, mine) > 90
+
+
+def test_no_mask_is_as_long_as_it_is_wide():
+    """2 x 256 tokens: scores of whole rows, or a mask, would be 256 x 256 each."""
+    model = tiny_model("llama", use_cache=False)
+    attend_without_masks(model)
+    samples = [packed([32] * 8), packed([32] * 8)]
+    with Squares() as squares:
+        loss_sum(model, collate(samples, pad_token_id=256, attention=PackedAttention.DOCUMENTS)).backward()
+    assert squares.found == 0
+    with Squares() as squares:
+        loss_sum(model, collate(samples, pad_token_id=256, attention=PackedAttention.BOOL_MASK)).backward()
+    assert squares.found > 0
+
+
+class Squares(TorchDispatchMode):
+    """Counts results whose last two dimensions are both 256."""
+
+    found = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        result = function(*args, **(kwargs or {}))
+        self.found += sum(isinstance(t, torch.Tensor) and t.shape[-2:] == (256, 256) for t in tree_iter((args, result)))
+        return result
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("heads", [4, 2])
+def test_flash_attention_takes_many_lengths_at_once(heads):
+    """Against each sample alone in fp64; the error is that of dense SDPA in bf16, and nothing waits for the device."""
+    lengths = (300, 1, 57, 154, 512)
+    documents = Documents.of(list(lengths)).to("cuda")
+    generator = torch.Generator("cuda").manual_seed(0)
+    q, k, v = (
+        torch.randn(2, n, 512, 64, device="cuda", generator=generator, dtype=torch.bfloat16, requires_grad=True)
+        for n in (4, heads, heads)
+    )
+    assert why_no_flash(q) is None
+    attention(None, q, k, v, None, scaling=0.125, documents=documents)[0].sum().backward()  # loads the kernels
+    error = torch.randn(2, 512, 4, 64, device="cuda", generator=generator, dtype=torch.bfloat16)
+    torch.cuda.synchronize()
+    torch.cuda.set_sync_debug_mode("error")
+    try:
+        out = attention(None, q, k, v, None, scaling=0.125, documents=documents)[0]
+        found = (out, *torch.autograd.grad(out, (q, k, v), error))
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    wide = [t.detach().double().requires_grad_() for t in (q, k, v)]
+    exact_out = attention(None, *wide, None, scaling=0.125, documents=documents)[0]  # one by one: fp64 has no flash
+    exact = (exact_out, *torch.autograd.grad(exact_out, wide, error.double()))
+    assert all(sqnr_db(theirs, mine) > 40 for mine, theirs in zip(found, exact, strict=True))

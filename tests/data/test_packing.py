@@ -6,6 +6,7 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowprec.attention import attend_without_masks
 from lowprec.data.chat import IGNORE
 from lowprec.data.collate import collate
 from lowprec.data.fit import packed_attention
@@ -59,7 +60,7 @@ WINDOWED = {
 }
 
 
-@pytest.mark.parametrize("implementation", ["eager", "sdpa"])
+@pytest.mark.parametrize("implementation", ["eager", "sdpa", "lengths"])
 @pytest.mark.parametrize(
     ("architecture", "overrides"),
     [*((name, {}) for name in ARCHITECTURES), *WINDOWED.items()],
@@ -69,7 +70,10 @@ WINDOWED = {
 def test_a_packed_batch_gives_each_sample_the_loss_it_has_alone(
     architecture: str, overrides: dict, implementation: str
 ) -> None:
-    model = tiny_model(architecture, attn_implementation=implementation, use_cache=False, **overrides)
+    named = "sdpa" if implementation == "lengths" else implementation
+    model = tiny_model(architecture, attn_implementation=named, use_cache=False, **overrides)
+    maskless = implementation == "lengths" and attend_without_masks(model)
+    assert maskless is (implementation == "lengths" and not overrides and architecture != "mistral")
     # Random weights of std 0.02 hardly attend; larger ones make a leak show.
     for weight in model.parameters():
         if weight.ndim == 2:
@@ -78,7 +82,9 @@ def test_a_packed_batch_gives_each_sample_the_loss_it_has_alone(
     rows = [join(items[:3]), join(items[3:4]), join(items[4:])]
     attention = packed_attention(model)
     packed = losses(model, collate(rows, 0, attention=attention))
-    if architecture != "opt":  # it builds its mask without position_ids
+    if maskless:
+        assert attention is PackedAttention.DOCUMENTS
+    elif architecture != "opt":  # it builds its mask without position_ids
         assert attention is PackedAttention.POSITIONS
     row, start = 0, 0
     for item in items:
