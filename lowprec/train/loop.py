@@ -115,7 +115,7 @@ class Run:
         for message in self.folder.messages:
             self.console.print(message, markup=False)
         try:
-            self._build()
+            self.build()
             self._begin()
             with Display(self.console, self.progress["step"], self.num_steps) as self.display:
                 stopped = self._take_steps()
@@ -150,7 +150,8 @@ class Run:
             self.recorder.finish(report, [(p.question, p.reference) for p in self.data.prompts])
         return status
 
-    def _build(self) -> None:
+    def build(self) -> None:
+        """Everything that the steps need: data, model, optimizer, loader, step."""
         recipe, options, device = self.recipe, self.recipe.train, self.accelerator.device
         set_seed(options.seed)
         self.tokenizer = load_tokenizer(recipe.model)

@@ -49,7 +49,7 @@ def test_a_step_never_waits_for_the_device(recipe, arguments, tmp_path):
     folder = claim_run_folder(resolved, accelerator)
     assert folder is not None
     built = Run(resolved, folder, accelerator, Console(quiet=True), StopRequest())
-    built._build()
+    built.build()
     batches = [batch for batch, _ in zip(built.loader, range(6), strict=False)]
     for batch in batches[:3]:
         built.step(batch, stop=False).read()
