@@ -41,11 +41,21 @@ examples:
   lowprec doctor --quick --json
   lowprec doctor --measure --path /mnt/nvme      this machine's speed, for plans; 90 seconds
 """
+_PROFILE_HELP = """
+examples:
+  lowprec profile lora data.path=chats.jsonl model.model_name_or_path=./my_model
+  lowprec profile lora profile.steps=50 profile.vram_limit_gib=8 data.path=chats.jsonl
+  lowprec profile --compare profiles/lora profiles/qlora_nf4
+  lowprec profile --study consumer_gpu --output studies/mine        goes on where it stopped
+  lowprec profile --study consumer_gpu --reduced
+"""
 _BENCH_HELP = """
 examples:
   lowprec bench linear --peers        8-bit linear layers beside bf16 and torchao
   lowprec bench rotate --json rotate.json
   lowprec bench ssd --path /mnt/nvme/states
+  lowprec bench train --peers                       whole training steps beside the libraries that are installed
+  lowprec bench train --works qlora_8b,longest_8b --peers unsloth --minutes 9    goes on where it stopped
 """
 _SSD_HELP = """
 examples:
@@ -103,6 +113,15 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
     train.add_argument("-m", "--multirun", action="store_true", help="run every combination of key=a,b one by one")
 
+    profile = verb("profile", _profile, "Measure a recipe's steps: time, memory, kernels, energy.", _PROFILE_HELP)
+    profile.add_argument("recipe", nargs="?", help="a shipped recipe, or the path of a YAML file")
+    profile.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+    profile.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two profiles side by side, folders or files")
+    profile.add_argument("--study", choices=["consumer_gpu"], help="run a study of many cells")
+    profile.add_argument("--reduced", action="store_true", help="the part of the study that ends in minutes (--study)")
+    profile.add_argument("--shape", default="qwen2.5-1.5b", help="qwen2.5-1.5b, or tiny to try it out (--study)")
+    profile.add_argument("--output", metavar="PATH", help="the study's folder; where the comparison's page goes")
+
     recipes = verb("recipes", _recipes, "List, show or copy recipes.", _RECIPES_HELP)
     recipes.add_argument("action", choices=["ls", "show", "cp"])
     recipes.add_argument("recipe", nargs="?")
@@ -120,10 +139,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--path", default=".", help="a folder on the disk to measure (--measure)")
 
     bench = verb("bench", _bench, "Repeat a benchmark of docs/benchmarks on this machine.", _BENCH_HELP)
-    bench.add_argument("what", choices=["linear", "rotate", "matmul", "ssd"])
-    bench.add_argument("--peers", action="store_true", help="measure torchao beside it (linear)")
+    bench.add_argument("what", choices=["linear", "rotate", "matmul", "ssd", "train"])
+    peers = (
+        "measure other libraries, too (linear: torchao; train: all installed, or a list such as unsloth,transformers)"
+    )
+    bench.add_argument("--peers", nargs="?", const="all", default="", metavar="NAME,...", help=peers)
+    bench.add_argument("--works", metavar="NAME,...", help="lines of the table, or grid (train)")
+    bench.add_argument("--minutes", type=float, help="end after that long; the same command goes on (train)")
     bench.add_argument("--tokens", type=int, default=8192, help="rows of the input (linear, rotate, matmul)")
-    bench.add_argument("--path", help="a folder on the disk to measure (ssd)")
+    bench.add_argument("--path", help="the folder on the disk to measure (ssd); where the results are kept (train)")
     bench.add_argument("--json", metavar="FILE", help="write the figures as JSON, too")
 
     ssd = verb("ssd", _ssd, "Look after optimizer states on a disk.", _SSD_HELP)
@@ -156,6 +180,34 @@ def _train(options: argparse.Namespace) -> int:
         for message in messages:
             console.print(f"[yellow]Note:[/] {_escape(message)}", highlight=False)
     return EXIT_INTERRUPTED if train(recipe, console) is Status.INTERRUPTED else 0
+
+
+def _profile(options: argparse.Namespace) -> int:
+    chosen = [name for name in ("recipe", "compare", "study") if getattr(options, name)]
+    if len(chosen) != 1:
+        raise UserError("lowprec profile takes one of: a recipe, --compare A B, or --study consumer_gpu.")
+    console = Console()
+    _quiet_libraries(console)
+    if options.compare:
+        from lowprec.profiling.folder import read, write_comparison
+        from lowprec.profiling.table import side_by_side
+
+        first, second = map(read, options.compare)
+        console.print(side_by_side(first, second))
+        print(f"wrote {write_comparison(first, second, Path(options.output or 'profiles_compared.html'))}")
+    elif options.study:
+        from lowprec.profiling.study import run_study
+
+        run_study(console, shape=options.shape, reduced=options.reduced, output=options.output)
+    else:
+        from lowprec.config import resolve
+        from lowprec.profiling.run import profile_recipe
+
+        recipe, messages = resolve(options.recipe, options.overrides)
+        for message in messages:
+            console.print(f"[yellow]Note:[/] {_escape(message)}", highlight=False)
+        profile_recipe(recipe, console)
+    return 0
 
 
 def _recipes(options: argparse.Namespace) -> int:
@@ -214,15 +266,27 @@ def _bench(options: argparse.Namespace) -> int:
         report = ssd.run(options.path)
         Console().print(report.table())
         figures = report.to_dict()
+    elif options.what == "train":
+        return _bench_train(options)
     else:
         if options.what == "linear":
-            result = linear.run(options.tokens, options.peers)
+            result = linear.run(options.tokens, bool(options.peers))
         else:
             result = (rotate.run if options.what == "rotate" else matmul.run)(options.tokens)
         Console().print(result)
         figures = result.to_dict()
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    return 0
+
+
+def _bench_train(options: argparse.Namespace) -> int:
+    from lowprec.bench.train import bench_train
+
+    names = {key: [name for name in (getattr(options, key) or "").split(",") if name] for key in ("works", "peers")}
+    folder = options.path or "bench_train"
+    print(bench_train(names["works"], names["peers"], folder=folder, minutes=options.minutes))
+    print(f"The rows are in {folder}/bench_train.jsonl, this table in {folder}/bench_train.md.")
     return 0
 
 

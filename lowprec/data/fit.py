@@ -4,7 +4,6 @@ import torch
 from torch import nn
 from transformers import PreTrainedModel
 
-from lowprec.attention import CAUSAL_SDPA
 from lowprec.data.collate import collate
 from lowprec.data.prepare import PreparedData
 from lowprec.data.rows import Item, PackedAttention, Rows
@@ -48,6 +47,8 @@ def packed_attention(model: PreTrainedModel) -> PackedAttention:
     """
     config = model.config
     assert not getattr(config, "use_cache", False), "with a key-value cache, transformers does not cut packed rows"
+    from lowprec.attention import CAUSAL_SDPA  # that module reads this package
+
     if config._attn_implementation == CAUSAL_SDPA:
         if _tried(model, [PackedAttention.DOCUMENTS]):
             return PackedAttention.DOCUMENTS

@@ -1,0 +1,195 @@
+"""The runs of ``lowprec bench train``: which are due, each in its process, results kept as JSON lines."""
+
+import json
+import os
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime
+from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
+
+from lowprec.bench.measure import machine
+from lowprec.bench.train import peers as peers_module
+from lowprec.bench.train.table import markdown
+from lowprec.bench.train.works import TABLE, Work, all_works
+from lowprec.errors import UserError
+
+OURS, LIMIT = "lowprec", "limit"
+RESULTS = "bench_train.jsonl"
+PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "torchao")
+
+
+def bench_train(
+    works: Sequence[str] | None = None,
+    peers: Sequence[str] = (),
+    *,
+    folder: str | Path = "bench_train",
+    minutes: float | None = None,
+    again: bool = False,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Run what is not in the results yet, and give back the table in markdown.
+
+    Args:
+        works: names, families (``longest_8b``), or ``grid``; None for the table of docs/benchmarks.
+        peers: libraries to measure beside lowprec where a work lists them; ``all`` for those that are installed.
+        folder: holds ``bench_train.jsonl``, ``bench_train.md`` and what runs need; results in it are not repeated.
+        minutes: no run is begun that could go on beyond this time, and one that does is ended: for machines that are
+            lent in slices. Call again to go on. A run that failed is tried again then; one that ran out of memory is not.
+        again: repeat runs that are in the results.
+        say: told of every run.
+
+    Raises:
+        UserError: an unknown work or peer, a peer that is not installed.
+    """
+    chosen = select(works)
+    wanted = _peers(peers)
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    results = folder / RESULTS
+    begin = time.monotonic()
+    on = machine()["gpu"]
+    for work in chosen:
+        if _ended_before(work, read(results), on):
+            continue
+        for peer in _runs(work, wanted):
+            known = [r for r in read(results) if _is(r, work, peer, on) and r["status"] != "failed"]
+            if known and not again:
+                continue
+            left = None if minutes is None else 60 * minutes - (time.monotonic() - begin)
+            if left is not None and left < 45:
+                say("The time is used up; the same command goes on from here.")
+                return _write_table(results)
+            say(f"{work.name}: {peer} ...")
+            figures, seconds = _one(work, peer, folder, left)
+            if figures.get("status") == "time is up":
+                say(f"{work.name}: {peer} was ended with the time; it starts again with the next call.")
+                return _write_table(results)
+            row = {"work": work.name, "peer": peer, "gpu": on, "seconds": round(seconds, 1), "versions": _versions()}
+            row |= {"when": datetime.now(UTC).isoformat(timespec="seconds")} | figures
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            say(f"{work.name}: {peer}: {_in_words(row)}")
+            if figures["status"] != "ok" and peer == OURS and "@" in work.name:
+                break
+    return _write_table(results)
+
+
+def select(names: Sequence[str] | None) -> list[Work]:
+    """The works of these names, in the order of running. A name is a work's, a family's, or how several begin."""
+    works = list(all_works().values())
+    whole = {name for work in works for name in (work.name, work.family)}
+    chosen: set[str] = set()
+    for name in names or TABLE:
+        found = {w.name for w in works if name in (w.name, w.family)}
+        if name not in whole:
+            found = {w.name for w in works if w.name.startswith(f"{name}_")}
+        if not found:
+            choices = ", ".join(dict.fromkeys(work.family for work in works))
+            raise UserError(f"--works {name} is no work. Choose from: {choices}, or grid.")
+        chosen |= found
+    return [work for work in works if work.name in chosen]
+
+
+def read(results: Path) -> list[dict]:
+    """The rows so far, the newest of each run last. A line that was cut off by an end is left out."""
+    rows = []
+    if results.is_file():
+        for line in results.read_text(encoding="utf-8").splitlines():
+            try:
+                rows.append(json.loads(line))
+            except json.JSONDecodeError:
+                continue
+    return rows
+
+
+def _peers(names: Sequence[str]) -> tuple[str, ...]:
+    if list(names) == ["all"]:
+        return tuple(peer for peer in peers_module.NEEDS if peers_module.why_not(peer, _path_of(peer)) is None)
+    for name in names:
+        if name not in peers_module.NEEDS:
+            raise UserError(f"--peers {name} is not known. Choose from: {', '.join(peers_module.NEEDS)}, or all.")
+        reason = peers_module.why_not(name, _path_of(name))
+        if reason is not None:
+            raise UserError(f"--peers {name}: {reason}.")
+    return tuple(names)
+
+
+def _runs(work: Work, peers: tuple[str, ...]) -> list[str]:
+    """lowprec first: a variant that does not run needs no peers."""
+    chosen = [OURS, *(peer for peer in work.peers if peer in peers)]
+    return [*chosen, LIMIT] if machine_has_gpu() and work.peers and "grid" not in work.name else chosen
+
+
+def machine_has_gpu() -> bool:
+    import torch
+
+    return torch.cuda.is_available()
+
+
+def _ended_before(work: Work, rows: list[dict], on: str) -> bool:
+    """Whether an earlier variant of this family failed: a longer sequence or a smaller cap would, too."""
+    variants = [other for other in all_works().values() if other.family == work.family]
+    earlier = {other.name for other in variants[: [other.name for other in variants].index(work.name)]}
+    last = {row["work"]: row for row in rows if row["peer"] == OURS and row["gpu"] == on and row["work"] in earlier}
+    return any(row["status"] != "ok" for row in last.values())
+
+
+def _is(row: dict, work: Work, peer: str, on: str) -> bool:
+    return (row["work"], row["peer"], row["gpu"]) == (work.name, peer, on)
+
+
+def _one(work: Work, peer: str, folder: Path, left: float | None) -> tuple[dict, float]:
+    """The figures of one process, and its seconds."""
+    environment = dict(os.environ)
+    path = _path_of(peer)
+    if path:
+        environment["PYTHONPATH"] = os.pathsep.join([*path, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
+    command = [sys.executable, "-m", "lowprec.bench.train.worker", work.name, peer, str(folder.resolve())]
+    begin = time.monotonic()
+    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        try:
+            code = subprocess.run(command, stdout=output, stderr=errors, env=environment, timeout=left).returncode
+        except subprocess.TimeoutExpired:
+            return {"status": "time is up"}, time.monotonic() - begin
+        output.seek(0)
+        errors.seek(0)
+        lines, trouble = output.read().splitlines(), errors.read()
+    found = next((line for line in reversed(lines) if line.startswith('{"status"')), None)
+    if code == 0 and found is not None:
+        return json.loads(found), time.monotonic() - begin
+    last = next((line for line in reversed(trouble.splitlines()) if line.strip()), f"exit code {code}")
+    (folder / f"{work.name}-{peer}.log".replace("/", "_")).write_text(trouble, encoding="utf-8")
+    return {"status": "failed", "error": last[:500]}, time.monotonic() - begin
+
+
+def _path_of(peer: str) -> list[str]:
+    """Folders of packages that only this peer shall see: ``$LOWPREC_PEER_PATH_UNSLOTH`` and so on."""
+    name = "LOWPREC_PEER_PATH_" + peer.upper().replace("+", "_")
+    return [part for part in os.environ.get(name, "").split(os.pathsep) if part]
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = version(package)
+        except PackageNotFoundError:
+            continue
+    return found
+
+
+def _in_words(row: dict) -> str:
+    if row["status"] != "ok":
+        return f"{row['status']}: {row.get('error', '')}"
+    memory = f", {row['peak_gb']:.2f} GB" if row.get("peak_gb") is not None else ""
+    return f"{row['tokens_per_second']:,.0f} tokens/s, {row['step_ms_p50']:,.1f} ms a step{memory}"
+
+
+def _write_table(results: Path) -> str:
+    text = markdown(read(results))
+    results.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text

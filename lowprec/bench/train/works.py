@@ -1,0 +1,111 @@
+"""What is trained: model shapes, batches, caps on memory, and which libraries are measured beside lowprec."""
+
+from dataclasses import dataclass, field
+from typing import Any
+
+LLAMA_8B = {
+    "model_type": "llama", "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336,
+    "num_attention_heads": 32, "num_key_value_heads": 8, "vocab_size": 128256, "max_position_embeddings": 131072,
+    "tie_word_embeddings": False, "rope_parameters": {"rope_type": "default", "rope_theta": 500000.0},
+}  # fmt: skip
+LLAMA_1B = LLAMA_8B | {
+    "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "head_dim": 64,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+QWEN_1_5B = {
+    "model_type": "qwen2", "hidden_size": 1536, "num_hidden_layers": 28, "intermediate_size": 8960,
+    "num_attention_heads": 12, "num_key_value_heads": 2, "vocab_size": 151936, "max_position_embeddings": 32768,
+    "tie_word_embeddings": True,
+}  # fmt: skip
+SMOL_135M = LLAMA_8B | {
+    "hidden_size": 576, "num_hidden_layers": 30, "intermediate_size": 1536, "num_attention_heads": 9,
+    "num_key_value_heads": 3, "vocab_size": 49152, "tie_word_embeddings": True,
+}  # fmt: skip
+TINY = LLAMA_8B | {
+    "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 272, "max_position_embeddings": 256,
+}  # fmt: skip
+QLORA_PEERS = ("transformers", "transformers+liger", "unsloth")
+
+
+@dataclass(frozen=True)
+class Work:
+    """One line of the table."""
+
+    name: str
+    """A family with variants writes ``family@variant``: they run in this order, and the first that fails ends them."""
+    shape: dict[str, Any]
+    """Fields of the transformers configuration."""
+    batch: int
+    length: int
+    recipe: str
+    overrides: tuple[str, ...] = ()
+    """Of the recipe, as on the command line."""
+    method: str = "nf4"
+    """What peers train: ``nf4`` (LoRA on bitsandbytes' NF4), ``lora`` (LoRA on bf16), ``full``."""
+    peers: tuple[str, ...] = ()
+    cap_gib: float | None = None
+    """Cap on the process's GPU memory while it trains."""
+    warmup: int = 10
+    timed: int = 20
+    target: str = ""
+    """What is to be reached, in words."""
+    checks: dict[str, float] = field(default_factory=dict)
+    """Limits on a run of lowprec: ``gb`` at most."""
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return self.batch * self.length
+
+    @property
+    def family(self) -> str:
+        return self.name.partition("@")[0]
+
+
+def _qlora(name: str, shape: dict, batch: int, length: int, **fields: Any) -> Work:
+    return Work(name, shape, batch, length, "qlora_nf4", (f"weights.tokens={batch * length}",), **fields)
+
+
+def _full(name: str, shape: dict, batch: int, length: int, *more: str, **fields: Any) -> Work:
+    overrides = ("weights=auto", f"weights.tokens={batch * length}", "train.max_grad_norm=null", *more)
+    return Work(name, shape, batch, length, "full", overrides, "full", **fields)
+
+
+def all_works() -> dict[str, Work]:
+    """Name -> work, in the order of running."""
+    short = {"warmup": 1, "timed": 2}
+    smaller = ("optimizer.master=split", "optimizer.state_dtype=int8")
+    works = [
+        _qlora("qlora_8b", LLAMA_8B, 2, 2048, peers=QLORA_PEERS,
+               target="1.5x unsloth's tokens/s in no more memory; 2.2x transformers'"),
+        Work("lora_8bit_8b", LLAMA_8B, 2, 2048, "lora", ("weights=fp8",), "lora",
+             ("transformers", "transformers+liger"), target="2.4x transformers' tokens/s in at most 13 GB",
+             checks={"gb": 13.0}),
+        _full("full_1b", LLAMA_1B, 4, 2048, "train.gradient_checkpointing=none", *smaller,
+              peers=("transformers", "transformers+liger", "torchao"),
+              target="1.35x transformers+liger in no more memory"),
+        _qlora("qlora_8b_1x2048", LLAMA_8B, 1, 2048, target="what the capped run is compared with"),
+        _qlora("qlora_8b_capped@8GiB", LLAMA_8B, 1, 2048, cap_gib=8.0, target="0.9x of the uncapped speed"),
+        *(_qlora(f"qlora_8b_capped@{cap:g}GiB", LLAMA_8B, 1, 2048, cap_gib=cap, **short,
+                 target="the smallest cap that runs is at most 6 GiB") for cap in (7.0, 6.0, 5.5, 5.0)),
+        *(_full(f"full_1.5b_8gib_{store}", QWEN_1_5B, 1, 1024, "train.gradient_checkpointing=full",
+                "optimizer.master=split", f"state_store={store}", cap_gib=8.0, warmup=2, timed=5,
+                target="runs, with its step time") for store in ("cpu", "ssd")),
+        *(_qlora(f"longest_8b@{length}", LLAMA_8B, 1, length, cap_gib=24.0, **short, target="at least 32768 tokens")
+          for length in (16384, 32768, 40960, 49152, 65536, 98304)),
+        *(_qlora(f"grid_{name}_{length}", shape, 1, length, peers=("transformers",), warmup=5, timed=10,
+                 target="no step slower than transformers + peft + bitsandbytes")
+          for name, shape in (("135m", SMOL_135M), ("1b", LLAMA_1B), ("8b", LLAMA_8B))
+          for length in (256, 1024, 2048, 8192)),
+        _qlora("tiny_qlora", TINY, 2, 32, peers=("transformers",), **short,
+               target="tries this benchmark out, anywhere"),
+        _full("tiny_full", TINY, 2, 32, "train.gradient_checkpointing=full", peers=("transformers",), **short,
+              target="tries this benchmark out, anywhere"),
+    ]  # fmt: skip
+    return {work.name: work for work in works}
+
+
+TABLE = ("qlora_8b", "lora_8bit_8b", "full_1b", "qlora_8b_1x2048", "qlora_8b_capped", "full_1.5b_8gib_cpu",
+         "full_1.5b_8gib_ssd", "longest_8b")  # fmt: skip
+"""The families of the table; ``grid`` is the other choice."""

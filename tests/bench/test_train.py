@@ -1,0 +1,138 @@
+"""``lowprec bench train``: which runs are due, how they are kept, and tiny ones for real."""
+
+import json
+import subprocess
+
+import pytest
+import torch
+
+from lowprec.bench.train import bench_train, limit, run
+from lowprec.bench.train.limit import Layer
+from lowprec.bench.train.table import markdown
+from lowprec.bench.train.works import LLAMA_8B, TABLE, all_works
+from lowprec.cli import main
+from lowprec.errors import UserError
+
+OK = {"status": "ok", "step_ms_p50": 100.0, "step_ms_p20": 99.0, "step_ms_p80": 103.0, "tokens_per_second": 2000.0,
+      "peak_gb": 5.0, "reserved_gb": 6.0, "last_loss": 1.0}  # fmt: skip
+
+
+@pytest.fixture
+def fake(monkeypatch):
+    """Stands in for the processes: work and peer -> figures; notes what was run."""
+    ran, answers = [], {}
+
+    def one(work, peer, folder, left):
+        ran.append((work.name, peer))
+        return answers.get((work.name, peer), OK), 1.0
+
+    monkeypatch.setattr(run, "_one", one)
+    monkeypatch.setattr(run, "machine_has_gpu", lambda: False)
+    return ran, answers
+
+
+def test_results_are_kept_and_not_repeated(tmp_path, fake):
+    ran, answers = fake
+    answers["qlora_8b", "transformers"] = OK | {"tokens_per_second": 800.0}
+    said = []
+    text = bench_train(["qlora_8b"], ["transformers"], folder=tmp_path, say=said.append)
+    assert ran == [("qlora_8b", "lowprec"), ("qlora_8b", "transformers")]
+    assert "2.50x" in text and (tmp_path / "bench_train.md").read_text() == text
+    row = json.loads((tmp_path / "bench_train.jsonl").read_text().splitlines()[0])
+    assert {"gpu", "versions", "when", "seconds", "tokens_per_second"} <= row.keys() and row["versions"]["torch"]
+    with (tmp_path / "bench_train.jsonl").open("a") as file:
+        file.write('{"cut off')
+    bench_train(["qlora_8b"], ["transformers"], folder=tmp_path, say=said.append)
+    assert len(ran) == 2
+    bench_train(["qlora_8b"], folder=tmp_path, again=True, say=said.append)
+    assert len(ran) == 3
+
+
+def test_the_first_variant_that_fails_ends_its_family(tmp_path, fake):
+    ran, answers = fake
+    answers["longest_8b@40960", "lowprec"] = {"status": "out of memory", "error": "no"}
+    text = bench_train(["longest_8b"], folder=tmp_path, say=lambda _: None)
+    assert [name for name, _ in ran] == ["longest_8b@16384", "longest_8b@32768", "longest_8b@40960"]
+    assert "out of memory" in text
+    bench_train(["longest_8b"], folder=tmp_path, say=lambda _: None)
+    assert len(ran) == 3
+
+
+def test_time_that_is_up_leaves_the_rest_for_the_next_call(tmp_path, fake):
+    ran, answers = fake
+    answers["qlora_8b", "lowprec"] = {"status": "time is up"}
+    said = []
+    bench_train(["qlora_8b"], folder=tmp_path, minutes=9, say=said.append)
+    assert "starts again" in said[-1] and not (tmp_path / "bench_train.jsonl").exists()
+    bench_train(["qlora_8b"], folder=tmp_path, minutes=0.1, say=said.append)
+    assert len(ran) == 1 and "goes on from here" in said[-1]
+
+
+def test_names_are_checked_before_anything_runs(tmp_path, fake):
+    with pytest.raises(UserError, match="qlora_9b is no work.*qlora_8b"):
+        bench_train(["qlora_9b"], folder=tmp_path)
+    with pytest.raises(UserError, match="axolotl is not known"):
+        bench_train(["qlora_8b"], ["axolotl"], folder=tmp_path)
+    with pytest.raises(UserError, match="unsloth is not installed"):
+        bench_train(["qlora_8b"], ["unsloth"], folder=tmp_path)
+    assert not fake[0]
+
+
+def test_works_of_the_table():
+    works = all_works()
+    assert {work.family for work in works.values()} >= set(TABLE)
+    assert [work.name for work in run.select(["grid"])] == [name for name in works if name.startswith("grid_")]
+    assert {work.family for work in run.select(None)} == set(TABLE)
+    assert [w.name for w in run.select(["qlora_8b"])] == ["qlora_8b"]  # and not qlora_8b_1x2048
+
+
+@pytest.mark.parametrize("work, peers", [("tiny_qlora", ["--peers", "transformers"]), ("tiny_full", [])])
+def test_tiny_works_run_for_real(tmp_path, work, peers, capsys):
+    assert main(["bench", "train", "--works", work, *peers, "--path", str(tmp_path)]) == 0
+    rows = [json.loads(line) for line in (tmp_path / "bench_train.jsonl").read_text().splitlines()]
+    assert {row["status"] for row in rows} == {"ok"}, rows
+    assert {row["peer"] for row in rows} >= {"lowprec", *peers[1:]}
+    assert all(3 < row["last_loss"] < 8 and row["step_ms_p50"] > 0 for row in rows if row["peer"] != "limit")
+    if work == "tiny_qlora":
+        assert rows[0]["layers"] == {"nf4": 14, "bf16": 1} and "14 of 14 LoRA layers fused" in rows[0]["lora"]
+    assert "tries this benchmark out" in capsys.readouterr().out
+
+
+def test_a_process_that_dies_is_a_failed_row(tmp_path, monkeypatch):
+    real = subprocess.run
+
+    def broken(command, **keywords):
+        return real([command[0], "-c", "raise SystemExit('no such thing')"], **keywords)
+
+    monkeypatch.setattr(run.subprocess, "run", broken)
+    text = bench_train(["tiny_full"], folder=tmp_path, say=lambda _: None)
+    assert "failed" in text and "no such thing" in text and list(tmp_path.glob("*.log"))
+
+
+def test_the_limit_adds_up(monkeypatch):
+    """With every product at 1000 TFLOP/s and 3 TB/s the sum is what the shapes say."""
+    rate = 1e12
+    monkeypatch.setattr(limit, "fastest_product", lambda m, n, k, clock: (2 * m * n * k / rate, "int8"))
+    monkeypatch.setattr(limit, "_bf16", lambda m, n, k, clock: 2 * m * n * k / rate)
+    monkeypatch.setattr(limit, "_attention", lambda work, layer, forwards, clock: 0.25)
+    work = all_works()["qlora_8b"]
+    found = limit.limit(work, bandwidth_gb_per_s=3000.0)
+    weights = 32 * Layer.of(LLAMA_8B).weights
+    assert weights == 32 * (4096 * (4096 * 2 + 1024 * 2) + 3 * 4096 * 14336)
+    step = found["step_ms"]
+    assert step["products"] == pytest.approx(3 * 2 * weights * 4096 / rate, rel=1e-4)
+    assert step["head"] == pytest.approx(2 * 2 * 4096 * 128256 * 4096 / rate, rel=1e-4)
+    assert step["attention"] == 8.0 and step["decode"] == pytest.approx(weights * 1.516 * 3 / 3e9, rel=1e-2)
+    assert found["tokens_per_second"] == pytest.approx(4096e3 / sum(step.values()), rel=1e-3)
+    full = limit.limit(all_works()["full_1b"], bandwidth_gb_per_s=3000.0)["step_ms"]
+    assert "optimizer" in full and "decode" not in full and "adapter" not in full
+
+
+def test_a_table_without_rows_says_so():
+    assert markdown([]) == "No results yet.\n"
+
+
+@pytest.mark.gpu
+def test_the_limit_is_measured_on_a_gpu():
+    found = limit.limit(all_works()["tiny_qlora"])
+    assert found["tokens_per_second"] > 0 and found["rates"] and torch.cuda.is_available()
