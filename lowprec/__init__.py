@@ -1,6 +1,7 @@
 """lowprec: low-precision fine-tuning of language models.
 
-``lowprec.wrap`` converts a Hugging Face model in place, ``lowprec.AdamW`` keeps optimizer states on GPU, CPU or SSD.
+``lowprec.wrap`` converts a Hugging Face model in place, ``lowprec.AdamW`` keeps optimizer states on GPU, CPU or SSD,
+``lowprec.profile`` measures any training loop.
 Importing this package touches neither CUDA nor Triton.
 """
 
@@ -8,9 +9,14 @@ import importlib
 from typing import Any
 
 __version__ = "0.1.0"
-__all__ = ["AdamW", "WrapReport", "wrap"]
+__all__ = ["AdamW", "WrapReport", "profile", "wrap"]
 
-_HOMES = {"wrap": "lowprec.prepare", "WrapReport": "lowprec.prepare", "AdamW": "lowprec.optim"}
+_HOMES = {
+    "wrap": "lowprec.prepare",
+    "WrapReport": "lowprec.prepare",
+    "AdamW": "lowprec.optim",
+    "profile": "lowprec.profiling.session",
+}
 
 
 def __getattr__(name: str) -> Any:

@@ -12,7 +12,7 @@ from lowprec.cli import main
 from lowprec.recipes import shipped_recipes
 
 
-@pytest.mark.parametrize("verb", ["train", "recipes", "merge", "doctor", "bench", "ssd", "completion"])
+@pytest.mark.parametrize("verb", ["train", "profile", "recipes", "merge", "doctor", "bench", "ssd", "completion"])
 def test_help_of_every_verb_shows_examples(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])

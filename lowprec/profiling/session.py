@@ -83,6 +83,8 @@ class Session:
         self.flops: Flops | None = None
         self.kernels: Kernels | None = None
         self.ran_out_of_memory = False
+        self.bad = False
+        """Whether the loss or a gradient was not finite, where the loop says so."""
         self._stages = [MEASURED] * steps + [MEMORY, KERNELS] + ([HISTORY] if self.device.type == "cuda" else [])
         self._host_s_before = 0.0
         self._watches = phases is None
@@ -222,3 +224,7 @@ def _device(model: nn.Module | None, device: torch.device | str | None) -> torch
     if parameter is not None:
         return parameter.device
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+profile = Session
+"""What ``lowprec.profile`` is."""

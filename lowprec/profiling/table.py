@@ -1,6 +1,6 @@
 """One profile as a table for the terminal; several beside each other."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import Any
 
 from rich.table import Table
@@ -83,9 +83,8 @@ def table(figures: Figures) -> Table:
     return shown
 
 
-def side_by_side(profiles: Sequence[Figures]) -> Table:
+def side_by_side(first: Figures, second: Figures) -> Table:
     """Two profiles, and what the second is of the first."""
-    first, second = profiles
     shown = Table(
         "", first["name"], second["name"], "second / first", title="Profiles side by side", title_justify="left"
     )

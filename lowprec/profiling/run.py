@@ -1,0 +1,163 @@
+"""``lowprec profile RECIPE``: a recipe's own steps, measured and looked into. Running out of memory is a result."""
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any
+
+import torch
+from rich.console import Console
+
+from lowprec.config import Recipe
+from lowprec.errors import UserError
+from lowprec.optim import AdamW
+from lowprec.profiling.alive import Alive, Timeline
+from lowprec.profiling.figures import GIB
+from lowprec.profiling.folder import check_free, free_folder, write
+from lowprec.profiling.limit import limited
+from lowprec.profiling.phases import Phases
+from lowprec.profiling.session import MEASURED, WARM_UP, Session
+from lowprec.profiling.table import gib
+from lowprec.run_folder import RunFolder
+from lowprec.train.batch_size import find_batch_size, states_to_come
+from lowprec.train.interrupt import StopRequest
+from lowprec.train.launch import start_accelerator
+from lowprec.train.loop import Run
+from lowprec.train.out_of_memory import remedies
+
+_SAID = {
+    WARM_UP: "warming up",
+    MEASURED: "measuring",
+    "memory": "following the memory of one step, operator by operator",
+    "kernels": "tracing the kernels of one step",
+    "history": "recording the allocator's history of one step",
+}
+
+
+def profile_recipe(recipe: Recipe, console: Console) -> dict[str, Any]:
+    """Profile a recipe, print the table and leave its folder.
+
+    Args:
+        recipe: as ``lowprec.config.resolve`` returns it; nothing is trained that anyone keeps.
+
+    Returns:
+        What ``profile.json`` says.
+
+    Raises:
+        UserError: as training would; the folder is not empty; several processes; a limit that cannot be.
+    """
+    accelerator, note = start_accelerator(recipe)
+    if accelerator.num_processes > 1:
+        raise UserError("lowprec profile measures one process: start it without accelerate launch.")
+    folder = Path(recipe.profile.output_dir) if recipe.profile.output_dir else free_folder(recipe.name)
+    check_free(folder)
+    if note is not None:
+        console.print(note, highlight=False)
+    recipe.train.resume_from_checkpoint = None
+    with limited(accelerator.device, recipe.profile.vram_limit_gib) as told:
+        run = Run(recipe, RunFolder(folder, None, messages=[]), accelerator, console, StopRequest())
+        try:
+            session, failure = _measure(run, console)
+        finally:
+            if isinstance(run.optimizer, AdamW):
+                run.optimizer.close()
+            accelerator.end_training()
+    figures = session.figures() | {
+        "name": recipe.name,
+        "recipe": recipe.to_yaml(),
+        "vram_limit_gib": recipe.profile.vram_limit_gib,
+        "layers": run.recorder.facts["layers"],
+        "out_of_memory": failure,
+    }
+    figures["notes"] += [*([told] if told else []), *run.recorder.facts["notes"]]
+    figures["notes"] += ["The loss was not finite, so the updates were left out."] if session.bad else []
+    write(figures, folder, files=sorted(session.folder.iterdir()))
+    console.print(session)
+    for line in [*figures["notes"], *(failure or {}).get("told", [])]:
+        console.print(line, highlight=False, markup=False)
+    console.print(f"{folder}/profile.html has the plots, {folder}/profile.json the figures.", highlight=False)
+    return figures
+
+
+def _measure(run: Run, console: Console) -> tuple[Session, dict[str, Any] | None]:
+    """The session, complete; or as far as it came, and what is to be said of the memory that ran out."""
+    options = run.recipe.profile
+    try:
+        run.build()
+    except torch.OutOfMemoryError:
+        session = Session(run.model, run.optimizer, device=run.accelerator.device)
+        session.ran_out_of_memory = True
+        return session, _failure(run, "while the model was loaded and converted", None)
+    session = Session(
+        run.model,
+        run.optimizer,
+        device=run.accelerator.device,
+        phases=run.step.phases,
+        warmup_steps=options.warmup_steps,
+        steps=options.steps,
+        name=run.recipe.name,
+    )
+    batch = None
+    try:
+        with session:
+            for batch in run.loader:
+                _say(session, console)
+                counts = {"tokens": batch.num_tokens_global, "trained_tokens": batch.num_trained_tokens_global}
+                with session.step(**counts, padding=batch.num_padding):
+                    scalars = run.step(batch, stop=False)
+                if session.done:
+                    break
+        session.bad = scalars.read()[2]
+        return session, None
+    except torch.OutOfMemoryError:
+        where = f"in step {session.num_steps + 1} ({_SAID.get(session.stage, '')})"
+    run.model.zero_grad(set_to_none=True)
+    if session.timeline is None:
+        session.timeline = _follow_again(run, batch)
+    return session, _failure(run, where, session.timeline)
+
+
+def _say(session: Session, console: Console) -> None:
+    """A line at the beginning of each stage."""
+    place = session.num_steps - session.warmup_steps
+    if session.num_steps == 0 or place == 0 or place >= session.steps:
+        many = {WARM_UP: session.warmup_steps, MEASURED: session.steps}.get(session.stage)
+        console.print(f"{_SAID[session.stage].capitalize()}{f': {many} steps' if many else ''}", highlight=False)
+
+
+def _follow_again(run: Run, batch: Any) -> Timeline:
+    """Take the step that ran out of memory once more, and follow who holds what until it does."""
+    if run.accelerator.device.type == "cuda":
+        torch.cuda.empty_cache()
+    run.step.phases = Phases(run.accelerator.device)
+    alive = Alive(run.accelerator.device, run.model, run.optimizer)
+    run.step.phases.listeners.append(alive.enter_phase)
+    run.step.phases.on_step_start()
+    with suppress(torch.OutOfMemoryError), alive:
+        run.step(batch, stop=False)
+    run.model.zero_grad(set_to_none=True)
+    return Timeline.of(alive)
+
+
+def _failure(run: Run, where: str, timeline: Timeline | None) -> dict[str, Any]:
+    """What ran out where, who held the memory, and which change would have fitted."""
+    found: dict[str, Any] = {"where": where, "told": [f"Memory ran out {where}."], "fits": None}
+    if timeline is not None:
+        parts = sorted(timeline.parts().items(), key=lambda part: -part[1])
+        held = ", ".join(f"{kind} {gib(size / GIB)}" for kind, size in parts if size)
+        found["told"].append(f"What was alive: {held}.")
+        train = run.recipe.train
+        effective = train.per_device_train_batch_size * train.gradient_accumulation_steps
+        with suppress(torch.OutOfMemoryError):
+            tried = find_batch_size(
+                run.wrapped, run.loader, run.accelerator, effective, states_to_come(run.recipe, run.model)
+            )
+            found["fits"] = {
+                "train.per_device_train_batch_size": tried.batch_size,
+                "train.gradient_accumulation_steps": tried.accumulation,
+            }
+            change = " ".join(f"{key}={value}" for key, value in found["fits"].items())
+            found["told"].append(f"Tried, and it fits, with the same effective batch: {change}.")
+    found["advice"] = remedies(run.recipe)
+    others = "Also" if found["fits"] else "A smaller micro-batch alone does not fit. What lowers the memory"
+    found["told"].append(f"{others}, the cheapest first: {'; '.join(found['advice'])}.")
+    return found
