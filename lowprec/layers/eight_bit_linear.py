@@ -6,6 +6,7 @@ from typing import NoReturn
 
 import torch
 from torch import nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from lowprec.errors import UserError
 from lowprec.layers.eight_bit import (
@@ -179,7 +180,9 @@ class FrozenEightBitLinear(_EightBitLinear):
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The decoded weight, made anew at each reading."""
-        return self.dequantized_weight().as_subclass(DecodedWeight)
+        weight = self.dequantized_weight()
+        # A tensor without data (lowprec.plan) has a class already.
+        return weight if isinstance(weight, FakeTensor) else weight.as_subclass(DecodedWeight)
 
     @torch.no_grad()
     def dequantized_weight(self) -> torch.Tensor:

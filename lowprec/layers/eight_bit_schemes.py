@@ -101,7 +101,8 @@ class EightBit:
 
     def kernel(self, linear: nn.Linear) -> str:
         """The backend of the forward product."""
-        device = getattr(linear, "stored", linear.weight).device
+        stored = getattr(linear, "stored", None)  # reading ``weight`` of a frozen layer decodes it
+        device = (linear.weight if stored is None else stored).device
         a, scale = torch.empty(16, 16, dtype=self.dtype, device=device), torch.empty(16, device=device)
         backend = choose(PRODUCT_BACKENDS, a, scale, a, scale, None, torch.bfloat16, self.fast_accumulation)
         return f"{backend.name}, {str(self.dtype).removeprefix('torch.')}"

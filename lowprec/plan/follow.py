@@ -1,0 +1,133 @@
+"""Turn any model and any loop over it into a tape: marks the layers, the gradients and what stays."""
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowprec.plan.tape import Tape
+from lowprec.plan.tracker import BACKWARD, FORWARD, LOSS, STILL, Tracker
+
+CUBLAS_WORKSPACE = {9: 4096 * 8 * 1024}
+"""First number of the compute capability -> bytes; others 4096 * 2 + 16 * 8 KiB (ATen/cuda/CublasHandlePool.cpp)."""
+CUBLAS_WORKSPACE_OTHER = (4096 * 2 + 16 * 8) * 1024
+CUBLAS_HANDLES = 2
+"""One for the thread of forward, one for autograd's; each keeps its workspace from PyTorch's allocator."""
+
+
+@dataclass
+class Followed:
+    """A model whose hooks tell the tracker of the moment where a step stands. Make one, then follow steps."""
+
+    model: nn.Module
+    num_layers: int
+    vocab_size: int | None
+    states: Sequence[tuple[str, int]] = ()
+    """(parameter, bytes) of every allocation of the optimizer that outlives the step; "" for a buffer of all."""
+    capability: tuple[int, int] = (9, 0)
+    prefix: str = field(init=False, default="")
+    tracker: Tracker = field(init=False)
+
+    def __post_init__(self) -> None:
+        layers = find_layers(self.model, self.num_layers)
+        self.prefix = next((name for name, module in self.model.named_modules() if module is layers), "")
+        for number, layer in enumerate(layers or ()):  # type: ignore[arg-type,var-annotated]
+            layer.register_forward_pre_hook(self._before(number), with_kwargs=True)
+            # Recomputing stops at the last tensor that is needed, by an exception: hence always_call.
+            layer.register_forward_hook(self._after(number), always_call=True)
+        for parameter in self.model.parameters():
+            if parameter.requires_grad:
+                parameter.register_post_accumulate_grad_hook(self._mark_gradient)
+
+    def follow(self, step: Callable[[], None]) -> Tape:
+        """The tape of ``step``, which tells its phases by ``begin``. It begins with all that is there before."""
+        self.tracker = Tracker(self.vocab_size)
+        self.tracker.tape.num_layers = self.num_layers
+        with self.tracker:
+            self._lay_out()
+            step()
+        return self.tracker.tape
+
+    def begin(self, phase: str, layer: int | None = None) -> None:
+        self.tracker.keeps = phase in (FORWARD, LOSS)
+        self.tracker.tape.begin(phase, layer)
+
+    @property
+    def phase(self) -> str:
+        return self.tracker.tape.runs[-1].phase
+
+    def layer_of(self, name: str) -> int | None:
+        """The layer that the parameter of that name is in."""
+        head, _, rest = name.partition(f"{self.prefix}.")
+        number = rest.partition(".")[0]
+        return int(number) if self.prefix and head == "" and number.isdigit() else None
+
+    def _lay_out(self) -> None:
+        stays = [(self.layer_of(name), name, tensor, 0) for name, tensor in all_tensors(self.model)]
+        stays += [(self.layer_of(name), name, None, nbytes) for name, nbytes in self.states]  # type: ignore[misc]
+        for layer, name, tensor, nbytes in sorted(stays, key=lambda entry: -1 if entry[0] is None else entry[0]):
+            if self.tracker.tape.runs[-1].layer != layer:
+                self.begin(STILL, layer)
+            if tensor is None:
+                self.tracker.reserve(nbytes, "optimizer")
+            else:
+                self.tracker.hold(tensor, "adapters" if is_adapter(name) else "weights")
+        self.begin(STILL)
+        for _ in range(CUBLAS_HANDLES):
+            self.tracker.reserve(CUBLAS_WORKSPACE.get(self.capability[0], CUBLAS_WORKSPACE_OTHER), "workspace")
+
+    def _mark_gradient(self, parameter: Tensor) -> None:
+        if parameter.grad is not None:
+            self.tracker.hold(parameter.grad, "gradients")
+
+    def _before(self, number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, kwargs: dict) -> None:
+            self.tracker.keeps = True
+            if self.phase != FORWARD:  # computed again in backward
+                return
+            hidden = args[0] if args else kwargs["hidden_states"]
+            if number == 0 and hidden.requires_grad:
+                hidden.register_hook(lambda gradient: self.begin(BACKWARD))
+            self.begin(FORWARD, number)
+
+        return hook
+
+    def _after(self, number: int) -> Callable[..., None]:
+        def hook(module: nn.Module, args: tuple, output: Any) -> None:
+            self.tracker.keeps = self.phase == FORWARD
+            if not self.tracker.keeps:
+                return
+            hidden = output[0] if isinstance(output, tuple) else output
+            if isinstance(hidden, Tensor) and hidden.requires_grad:
+                hidden.register_hook(lambda gradient: self.begin(BACKWARD, number))
+            if number == self.num_layers - 1:
+                self.begin(LOSS)
+
+        return hook
+
+
+def find_layers(model: nn.Module, num_layers: int) -> nn.ModuleList | None:
+    """The list of the model's layers: the first of that length, which is the outermost."""
+    lists = (m for m in model.modules() if isinstance(m, nn.ModuleList) and len(m) == num_layers)
+    return next(lists, None)
+
+
+def is_adapter(name: str) -> bool:
+    """Whether a parameter of that name was put there by an adapter."""
+    return "lora_" in name or ".modules_to_save." in name
+
+
+def all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
+    """Every tensor that stays: parameters, buffers, and the statistics of packed weights, by name."""
+    found: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    for name, parameter in model.named_parameters():
+        state = getattr(parameter, "quant_state", None)
+        for part in (state, getattr(state, "state2", None)):
+            found += [(f"{name}.{key}", v) for key, v in vars(part or torch).items() if _belongs(part, v)]
+    return found
+
+
+def _belongs(part: object, value: object) -> bool:
+    return part is not None and isinstance(value, Tensor)

@@ -1,0 +1,62 @@
+"""The recipe's model as training prepares it, from its config.json alone and without data in any tensor."""
+
+import copy
+from typing import Any
+
+from lowprec.attention import attend_without_masks
+from lowprec.config import Recipe
+from lowprec.layers.report import WrapReport
+from lowprec.machine import Machine
+from lowprec.plan.activations import keep_activations_like
+from lowprec.plan.follow import find_layers
+from lowprec.plan.liger_like import put_liger_like
+from lowprec.plan.packed import without_data
+from lowprec.prepare import wrap
+
+
+def with_layers(config: Any, num_layers: int) -> Any:
+    """A copy of the configuration for a model of ``num_layers`` layers."""
+    config = copy.deepcopy(config)
+    text = config.get_text_config()
+    layer_types = getattr(text, "layer_types", None)
+    if layer_types is not None:
+        text.layer_types = list(layer_types[:num_layers])
+    text.num_hidden_layers = num_layers
+    return config
+
+
+def has_like_layers(config: Any) -> bool:
+    """Whether the configuration says that all layers are of one type."""
+    return len(set(getattr(config.get_text_config(), "layer_types", None) or [None])) == 1
+
+
+def build_model(recipe: Recipe, config: Any, machine: Machine) -> tuple[Any, WrapReport, tuple[int, int]]:
+    """What ``lowprec.train.loop`` makes of a loaded model. Call it under ``no_data()``.
+
+    Returns:
+        The model, the report on its linear layers, and how many parameters it was loaded with outside and in its layers.
+
+    Raises:
+        UserError: as training would, such as a scheme that converts no layer.
+    """
+    import transformers
+
+    keywords: dict[str, Any] = {"dtype": recipe.model.torch_dtype, "trust_remote_code": recipe.model.trust_remote_code}
+    if recipe.model.attn_implementation is not None:
+        keywords["attn_implementation"] = recipe.model.attn_implementation
+    model: Any = transformers.AutoModelForCausalLM.from_config(config, **keywords)
+    layers = find_layers(model, config.get_text_config().num_hidden_layers)
+    inside = sum(p.numel() for p in layers.parameters()) if layers is not None else 0
+    outside = sum(p.numel() for p in model.parameters()) - inside
+    # A packed row is taken as one sample, which takes the same memory and no less time.
+    attend_without_masks(model, recipe.data.max_length + recipe.train.sample_max_new_tokens)
+    frozen = recipe.choice("adapter") != "none"
+    report = wrap(model, without_data(recipe.weights), frozen=frozen, use_liger_kernel=False)  # type: ignore[arg-type]
+    if recipe.train.use_liger_kernel and (machine.capability or (0, 0)) >= (8, 0):
+        put_liger_like(model, machine.sm_count)
+    model = recipe.adapter.attach(model)
+    model.config.use_cache = False
+    keep_activations_like(recipe.train.gradient_checkpointing, model, machine)
+    model.train()
+    recipe.adapter.fuse(model)
+    return model, report, (outside, inside)

@@ -1,0 +1,227 @@
+"""``predict``: what a recipe will take on a machine, by a trace of one step; the ``Planner`` keeps what it has traced."""
+
+import sys
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+import psutil
+
+from lowprec.config import Recipe
+from lowprec.errors import UserError
+from lowprec.machine import Machine, named_card
+from lowprec.model import AUTO, Model, load_config
+from lowprec.model_source import ModelSource, resolve_source
+from lowprec.plan.allocator import CachingAllocator
+from lowprec.plan.ledger import Peak, peak_of
+from lowprec.plan.model import has_like_layers, with_layers
+from lowprec.plan.states import States, Trained, states_of
+from lowprec.plan.step import TracedRecipe, updates_in_backward
+from lowprec.plan.tape import KINDS, MIDDLE, TEMPLATE_LAYERS, NotUniformError, Stretched, Tape
+from lowprec.plan.timing import StepTime, step_time
+
+GIB = 2**30
+PARTS = (*KINDS, "slack", "context")
+UNKNOWN_CARD = "RTX 4060"
+"""Whose kernels are assumed where no card is known: its generation decides between kernels, not its size."""
+
+
+@dataclass(frozen=True, kw_only=True, slots=True)
+class Prediction:
+    """Bytes, unless the name says otherwise. Of one GPU and one process."""
+
+    rows: int
+    length: int
+    peak: Peak
+    reserved: int
+    """What the caching allocator holds at most."""
+    context: int
+    """What the process holds beside that: CUDA's context and kernels."""
+    ram: int
+    disk: int
+    states: States
+    time: StepTime | None
+    """None where no machine is known."""
+    tokens_per_second: float | None
+    energy_j: float | None
+    """Of a step, by the board's limit."""
+    schemes: dict[str, int]
+    """Scheme -> linear layers."""
+
+    @property
+    def total(self) -> int:
+        return self.reserved + self.context
+
+    @property
+    def parts(self) -> dict[str, int]:
+        """What ``total`` is made of, by kind."""
+        return self.peak.parts | {"slack": self.reserved - self.peak.allocated, "context": self.context}
+
+
+def model_config(options: Model) -> Any:
+    """The model's configuration; its weights need not be there.
+
+    Raises:
+        UserError: there is none, or it is of no causal language model.
+    """
+    folder = Path(options.model_name_or_path).expanduser()
+    if (folder / "config.json").is_file():
+        return load_config(options, ModelSource("folder", options.model_name_or_path, folder.resolve()))
+    return load_config(options, resolve_source(options.model_name_or_path))
+
+
+class Planner:
+    """Predictions for one model on one machine.
+
+    Args:
+        machine: None where none is known: then there are no times, and the kernels are those of ``UNKNOWN_CARD``.
+    """
+
+    def __init__(self, config: Any, machine: Machine | None):
+        self.config, self.machine = config, machine
+        self._card = machine or named_card(UNKNOWN_CARD)
+        self._depth = config.get_text_config().num_hidden_layers
+        self._traced: dict[str, TracedRecipe] = {}
+        self._whole: set[str] = set()
+        self._known: dict[tuple[str, int, int], Prediction] = {}
+
+    def predict(self, recipe: Recipe, rows: int | None = None, length: int | None = None) -> Prediction:
+        """One optimizer step with micro-batches of ``rows`` times ``length`` tokens, by default the recipe's.
+
+        Raises:
+            UserError: the recipe does not suit the model.
+        """
+        rows = rows or recipe.train.per_device_train_batch_size
+        length = length or recipe.data.max_length
+        recipe = self._settled(recipe)
+        key = self._key(recipe)
+        if (key, rows, length) not in self._known:
+            self._known[key, rows, length] = self._predict(recipe, key, rows, length)
+        return self._known[key, rows, length]
+
+    def _settled(self, recipe: Recipe) -> Recipe:
+        if recipe.model.dtype != AUTO:
+            return recipe
+        native = (self._card.capability or (0, 0)) >= (8, 0)
+        return replace(recipe, model=replace(recipe.model, dtype="bf16" if native else "fp32"))
+
+    def _key(self, recipe: Recipe) -> str:
+        """What the traced model depends on: all but the size of the batch."""
+        train = replace(recipe.train, per_device_train_batch_size=1, output_dir=None)
+        return replace(recipe, train=train, data=replace(recipe.data, max_length=2048)).to_yaml()
+
+    def _trace(self, recipe: Recipe, key: str, rows: int, length: int) -> tuple[TracedRecipe, Tape | Stretched]:
+        few = has_like_layers(self.config) and self._depth > TEMPLATE_LAYERS and key not in self._whole
+        if key not in self._traced:
+            config = with_layers(self.config, TEMPLATE_LAYERS) if few else self.config
+            self._traced[key] = TracedRecipe(recipe, config, self._card)
+        traced = self._traced[key]
+        tape = traced.trace(rows, length)
+        if not few:
+            return traced, tape
+        try:
+            stretched = tape.stretched(self._depth)
+            peak_of(stretched)
+            return traced, stretched
+        except NotUniformError:
+            self._whole.add(key)
+            del self._traced[key]
+            return self._trace(recipe, key, rows, length)
+
+    def _predict(self, recipe: Recipe, key: str, rows: int, length: int) -> Prediction:
+        traced, tape = self._trace(recipe, key, rows, length)
+        trained = traced.trained if isinstance(tape, Tape) else _all_layers(traced, self._depth)
+        states = states_of(recipe, trained)
+        peak = peak_of(tape)
+        # lowprec switches expandable segments on, which PyTorch has on Linux alone.
+        reserved = CachingAllocator(expandable=sys.platform == "linux").replay(tape.events())
+        accumulated = recipe.train.gradient_accumulation_steps
+        time = tokens = joules = None
+        if self.machine is not None:
+            weights = sum(p.numel * p.dtype.itemsize for p in trained)
+            time = step_time(
+                tape,
+                self.machine,
+                states,
+                micro_batches=accumulated,
+                update_bytes=3 * weights + 2 * sum(nbytes for _, nbytes in states.device),
+                in_backward=updates_in_backward(recipe),
+                offloaded_bytes=traced.offloaded_bytes * self._depth / traced.num_layers,
+            )
+            tokens = rows * length * accumulated / time.total_ms * 1e3
+            joules = None if self.machine.power_w is None else self.machine.power_w * time.total_ms / 1e3
+        counts = dict(traced.layers.counts())
+        scale = self._depth / traced.num_layers
+        return Prediction(
+            rows=rows,
+            length=length,
+            peak=peak,
+            reserved=reserved,
+            context=int(self._card.context_mib * 2**20),
+            ram=_ram(recipe, traced.loaded_parameters(self._depth), states),
+            disk=_disk(recipe, trained, states),
+            states=states,
+            time=time,
+            tokens_per_second=tokens,
+            energy_j=joules,
+            schemes={name: _stretched_count(count, scale, traced.num_layers) for name, count in counts.items()},
+        )
+
+
+def _stretched_count(count: int, scale: float, num_layers: int) -> int:
+    """Layers of all depths, and those outside (the head) once."""
+    inside = count // num_layers * num_layers
+    return round(inside * scale) + count - inside
+
+
+def _all_layers(traced: TracedRecipe, depth: int) -> list[Trained]:
+    """What trains in a model of ``depth`` layers, from one of ``TEMPLATE_LAYERS``."""
+    found, prefix = [], traced.followed.prefix
+    for parameter in traced.trained:
+        layer = traced.followed.layer_of(parameter.name)
+        numbers: Any = [layer]
+        if layer is not None and layer >= MIDDLE:
+            numbers = range(MIDDLE, depth - 2) if layer == MIDDLE else [layer + depth - TEMPLATE_LAYERS]
+        for number in numbers:
+            name = parameter.name.replace(f"{prefix}.{layer}.", f"{prefix}.{number}.", 1)
+            found.append(replace(parameter, name=name))
+    return found
+
+
+def _ram(recipe: Recipe, loaded_parameters: int, states: States) -> int:
+    """This process as it is (it has loaded what training loads), and the larger of the model while it is read into
+    host memory in ``model.dtype``, and the states that stay there."""
+    loaded = loaded_parameters * recipe.model.torch_dtype.itemsize
+    return psutil.Process().memory_info().rss + max(loaded, states.host)
+
+
+def _disk(recipe: Recipe, trained: list[Trained], states: States) -> int:
+    """Checkpoints as many as are kept and the one being written, the final model, and the states of an ssd store."""
+    weights = sum(p.numel * p.dtype.itemsize for p in trained)
+    in_memory = sum(nbytes for name, nbytes in states.device if name) + (0 if states.disk else states.host)
+    options = recipe.train
+    count = 0 if options.save_steps is None else (options.save_total_limit or 1) + 1
+    return count * (weights + in_memory) + weights + states.disk
+
+
+def gib_text(nbytes: float) -> str:
+    return f"{nbytes / GIB:.2f} GiB"
+
+
+def parse_gib(text: str) -> float:
+    """``8GiB``, ``8GB``, ``8G`` or ``8`` as GiB (GB are 1e9 bytes).
+
+    Raises:
+        UserError: it is none of them.
+    """
+    plain = text.strip().lower()
+    for suffix, factor in (("gib", 1.0), ("gb", 1e9 / GIB), ("mib", 1 / 1024), ("g", 1.0), ("", 1.0)):
+        if plain.endswith(suffix):
+            try:
+                value = float(plain.removesuffix(suffix)) * factor
+            except ValueError:
+                break
+            if value > 0:
+                return value
+            break
+    raise UserError(f"--vram {text} is no amount of memory: write it as 8GiB.")

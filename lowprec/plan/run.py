@@ -1,0 +1,137 @@
+"""``lowprec.plan(...)``: from a recipe's name to what it takes and what would fit."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+from lowprec.config import Recipe, resolve
+from lowprec.errors import UserError
+from lowprec.machine import NAMED_CARDS, Machine, named_card, this_machine
+from lowprec.plan.predict import Planner, model_config, parse_gib
+from lowprec.plan.report import Plan
+from lowprec.plan.search import advice, largest, nearest_recipe
+
+NO_DATA = "data.path=the_data"
+"""Stands for data that have not been named yet; nothing reads it."""
+
+
+def plan(
+    recipe: str,
+    overrides: Sequence[str] = (),
+    *,
+    vram: str | float | None = None,
+    gpu: str | None = None,
+    machine: Machine | None = None,
+    config: Any = None,
+) -> Plan:
+    """Predict what a recipe takes, without loading a weight.
+
+    Args:
+        recipe: a shipped recipe's name, or the path of a YAML file.
+        overrides: ``key=value``, as on the command line. ``data.path`` need not be set.
+        vram: device memory that there is, as ``"8GiB"`` or a number of GiB; by default the card's.
+        gpu: a named card, such as ``"RTX 4060"``; by default this machine's measured profile, or its card.
+        machine: instead of ``gpu``, a machine.
+        config: of the model, in the place of ``model.model_name_or_path``.
+
+    Raises:
+        UserError: a mistake in the recipe, no configuration of the model, an unknown card.
+    """
+    chosen, notes = _resolved(recipe, list(overrides))
+    found, told = (machine, []) if machine is not None else find_machine(gpu)
+    notes += told
+    limit = parse_gib(vram) if isinstance(vram, str) else vram
+    if limit is None and found is not None:
+        limit = found.vram_gib
+    own_limit = getattr(getattr(chosen, "profile", None), "vram_limit_gib", None)
+    if own_limit is not None:
+        limit = min(own_limit, limit or own_limit)
+    planner = Planner(config or model_config(chosen.model), found)
+    chosen = with_policy(planner, chosen, limit, notes)
+    prediction = planner.predict(chosen)
+    if recipe_is_auto(chosen):
+        notes.append("weights=auto decides by measuring; here every layer is taken as fp8.")
+    if limit is None:
+        return Plan(recipe=chosen, prediction=prediction, machine=found, vram_gib=None, notes=notes)
+    nbytes = limit * 2**30
+    fits = prediction.total <= nbytes
+    return Plan(
+        recipe=chosen,
+        prediction=prediction,
+        machine=found,
+        vram_gib=limit,
+        largest=largest(planner, chosen, nbytes),
+        advice=[] if fits else advice(planner, recipe, _named(list(overrides)), chosen, nbytes),
+        nearest_recipe=None if fits else nearest_recipe(planner, recipe, _named(list(overrides)), chosen, nbytes),
+        notes=notes,
+    )
+
+
+def _resolved(name: str, overrides: list[str]) -> tuple[Recipe, list[str]]:
+    try:
+        return resolve(name, overrides)
+    except UserError as error:
+        if "data.path is not set" not in str(error):
+            raise
+        return resolve(name, [*overrides, NO_DATA])
+
+
+def _named(overrides: list[str]) -> list[str]:
+    has_data = any(item.startswith(("data.path=", "data=")) for item in overrides)
+    return overrides if has_data else [*overrides, NO_DATA]
+
+
+def recipe_is_auto(recipe: Recipe) -> bool:
+    return recipe.choice("weights") == "auto"
+
+
+def find_machine(gpu: str | None) -> tuple[Machine | None, list[str]]:
+    """The card of that name, else this machine as measured, else its card's datasheet, else None and what to do.
+
+    Raises:
+        UserError: an unknown name.
+    """
+    if gpu is not None:
+        return named_card(gpu), []
+    measured = this_machine()
+    if measured is not None and measured.vram_gib > 0:
+        return measured, []
+    remedy = "lowprec doctor --measure measures this machine's"
+    if torch.cuda.is_available():
+        name = torch.cuda.get_device_name()
+        known = next(
+            (card for card in sorted(NAMED_CARDS, key=len, reverse=True) if card.lower() in name.lower()), None
+        )
+        if known is not None:
+            return named_card(known), [f"Rates are those of the {known}'s datasheet; {remedy}."]
+    return None, [
+        f'No GPU is known here, so there are no times: name a card with --gpu "RTX 4060" (or '
+        f"{', '.join(list(NAMED_CARDS)[1:])}). On a machine with a GPU, {remedy}."
+    ]
+
+
+def with_policy(planner: Planner, recipe: Recipe, limit: float | None, notes: list[str]) -> Recipe:
+    """The recipe with ``train.gradient_checkpointing=auto`` settled: the first policy that fits, the fastest first."""
+    if recipe.train.gradient_checkpointing != "auto":
+        return recipe
+    policy, why = fitting_policy(planner, recipe, limit)
+    notes.append(f"train.gradient_checkpointing=auto is {policy} here: {why}.")
+    return with_checkpointing(recipe, policy)
+
+
+def with_checkpointing(recipe: Recipe, policy: str) -> Recipe:
+    from dataclasses import replace
+
+    return replace(recipe, train=replace(recipe.train, gradient_checkpointing=policy))
+
+
+def fitting_policy(planner: Planner, recipe: Recipe, limit_gib: float | None) -> tuple[str, str]:
+    """(policy, why): the first of none, selective, full and offload that is predicted to fit."""
+    if limit_gib is None:
+        return "full", "the device's memory is not known"
+    for policy in ("none", "selective", "full", "offload"):
+        need = planner.predict(with_checkpointing(recipe, policy)).total / 2**30
+        if need <= limit_gib:
+            return policy, f"{need:.1f} of {limit_gib:.1f} GiB are predicted"
+    return "offload", f"{need:.1f} GiB are predicted, more than the {limit_gib:.1f} that there are"

@@ -1,0 +1,154 @@
+"""What fits: the largest batch, which key to change first, and the nearest shipped recipe."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+from lowprec.config import Recipe, resolve
+from lowprec.errors import UserError
+from lowprec.plan.predict import GIB, Planner, Prediction
+from lowprec.recipes import shipped_recipes
+
+LENGTH_STEP = 64
+MOST_ROWS = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Advice:
+    """One key changed by itself."""
+
+    key: str
+    value: Any
+    saves_gib: float
+    fits: bool
+    also: str = ""
+    """A second key that has to change with it."""
+
+
+def largest(planner: Planner, recipe: Recipe, limit: float) -> tuple[int, int] | None:
+    """(rows, length) of the largest micro-batch within ``limit`` bytes: the most rows of ``data.max_length``, or where
+    one does not fit, the longest one. None where nothing does."""
+    length = recipe.data.max_length
+
+    def need_rows(rows: int) -> int:
+        return planner.predict(recipe, rows, length).total
+
+    def need_length(steps: int) -> int:
+        return planner.predict(recipe, 1, steps * LENGTH_STEP).total
+
+    rows = _last_that_fits(need_rows, limit, MOST_ROWS)
+    if rows:
+        return rows, length
+    steps = _last_that_fits(need_length, limit, max(length // LENGTH_STEP, 1))
+    return (1, steps * LENGTH_STEP) if steps else None
+
+
+def _last_that_fits(need: Callable[[int], int], limit: float, most: int) -> int:
+    """The largest count up to ``most`` whose need is within the limit, 0 for none. Needs rise almost along a line."""
+    fits, fails = 0, most + 1
+    known: dict[int, int] = {}
+    guess = 1
+    while fails - fits > 1:
+        guess = min(max(guess, fits + 1), fails - 1)
+        known[guess] = need(guess)
+        if known[guess] <= limit:
+            fits = guess
+        else:
+            fails = guess
+        first, second = sorted(known, key=lambda count: abs(known[count] - limit))[:2] if len(known) > 1 else (guess, 0)
+        if second == 0:
+            guess = 2
+        else:
+            slope = max((known[second] - known[first]) / (second - first), 1.0)
+            guess = first + int((limit - known[first]) // slope)
+            guess += guess == fits  # the next one up decides
+    return fits
+
+
+def advice(planner: Planner, name: str, overrides: list[str], recipe: Recipe, limit: float) -> list[Advice]:
+    """Every single change that saves device memory, the largest gain first."""
+    now = planner.predict(recipe).total
+    found = []
+    for key, value, also in _changes(recipe):
+        added = [f"{key}={value}", *([also] if also else [])]
+        try:
+            changed, _ = resolve(name, _replaced(overrides, added))
+            need = planner.predict(changed).total
+        except UserError:  # a change that this recipe or model does not take
+            continue
+        if need < now:
+            found.append(Advice(key, value, (now - need) / GIB, need <= limit, also))
+    return sorted(found, key=lambda change: change.saves_gib, reverse=True)
+
+
+def _changes(recipe: Recipe) -> list[tuple[str, Any, str]]:
+    """(key, value, what goes with it) that might save memory."""
+    train, found = recipe.train, []
+    policies = ["none", "selective", "full", "offload"]
+    policy = train.gradient_checkpointing
+    lighter = policies[policies.index(policy) + 1 :] if policy in policies else []
+    found += [("train.gradient_checkpointing", value, "") for value in lighter]
+    if train.per_device_train_batch_size > 1:
+        more = f"train.gradient_accumulation_steps={train.gradient_accumulation_steps * 2}"
+        found.append(("train.per_device_train_batch_size", train.per_device_train_batch_size // 2, more))
+    if recipe.data.max_length > 256:
+        found.append(("data.max_length", recipe.data.max_length // 2, ""))
+    adapter, weights = recipe.choice("adapter"), recipe.choice("weights")
+    if adapter == "none":
+        found.append(("adapter", "lora", ""))
+        if recipe.choice("optimizer") == "adamw":
+            if recipe.optimizer.state_dtype == "fp32":
+                found.append(("optimizer.state_dtype", "int8", ""))
+            if recipe.optimizer.master == "fp32":
+                found.append(("optimizer.master", "split", ""))
+            if recipe.choice("state_store") == "gpu":
+                found.append(("state_store", "cpu", ""))
+            if train.max_grad_norm is not None or train.gradient_accumulation_steps > 1:
+                found.append(("train.max_grad_norm", "null", "train.gradient_accumulation_steps=1"))
+        else:
+            found.append(("optimizer", "adamw", "optimizer.state_dtype=int8"))
+    elif weights != "nf4":
+        found.append(("weights", "nf4", ""))
+        if weights == "bf16":
+            found.append(("weights", "int8_hadamard", ""))
+    return found
+
+
+def _replaced(overrides: list[str], added: list[str]) -> list[str]:
+    keys = {item.partition("=")[0] for item in added}
+    return [item for item in overrides if item.partition("=")[0] not in keys] + added
+
+
+def nearest_recipe(planner: Planner, name: str, overrides: list[str], recipe: Recipe, limit: float) -> str | None:
+    """The shipped recipe that differs in the fewest groups from this one and fits, with the same model, data and batch;
+    of several, the one that takes most."""
+    groups = ("adapter", "weights", "optimizer", "state_store")
+    kept = [item for item in overrides if item.partition(".")[0] in ("model", "data", "train") or item[:6] == "model="]
+    candidates: list[tuple[int, int, str]] = []
+    for shipped in shipped_recipes():
+        if shipped == name:
+            continue
+        try:
+            other, _ = resolve(shipped, _same_batch(kept, recipe))
+            prediction: Prediction = planner.predict(other)
+        except UserError:
+            continue
+        if prediction.total <= limit:
+            different = sum(other.choice(group) != recipe.choice(group) for group in groups)
+            candidates.append((different, -prediction.total, shipped))
+    return min(candidates)[2] if candidates else None
+
+
+def _same_batch(overrides: list[str], recipe: Recipe) -> list[str]:
+    train = recipe.train
+    return _replaced(
+        overrides,
+        [
+            f"model.model_name_or_path={recipe.model.model_name_or_path}",
+            f"data.path={recipe.data.path}",
+            f"data.max_length={recipe.data.max_length}",
+            f"train.per_device_train_batch_size={train.per_device_train_batch_size}",
+            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}",
+            f"train.gradient_checkpointing={train.gradient_checkpointing}",
+        ],
+    )

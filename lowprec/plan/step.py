@@ -1,0 +1,183 @@
+"""One training step of a recipe, traced: the model, optimizer and loop of training, over tensors without data."""
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from types import MethodType, SimpleNamespace
+from typing import Any
+
+import torch
+from accelerate.utils.operations import convert_outputs_to_fp32
+from torch import Tensor, nn
+
+from lowprec.activations.offload import Offload
+from lowprec.config import Recipe
+from lowprec.layers.decode_buffer import release_decode_buffers
+from lowprec.machine import Machine
+from lowprec.optim.options import AdamWOptions
+from lowprec.plan.cuda_like import LikeCuda, no_data
+from lowprec.plan.follow import Followed
+from lowprec.plan.model import build_model
+from lowprec.plan.operators import know_bitsandbytes, know_lowprec
+from lowprec.plan.packed import lend_once
+from lowprec.plan.states import Trained, states_of
+from lowprec.plan.tape import Tape
+from lowprec.plan.tracker import BACKWARD, FORWARD, UPDATE
+from lowprec.train.step import TrainStep
+
+
+class TracedRecipe:
+    """A recipe's model of a few layers, built once without data, of which steps of any size are traced.
+
+    Args:
+        config: of the model, with as many layers as shall be traced.
+
+    Raises:
+        UserError: as training would, where the recipe does not suit the model.
+    """
+
+    def __init__(self, recipe: Recipe, config: Any, machine: Machine):
+        self.recipe = recipe
+        self._text = config.get_text_config()
+        self._modes = no_data(), LikeCuda(machine.capability or (9, 0))
+        with self._without_data():
+            self.model, self.layers, self._loaded = build_model(recipe, config, machine)
+            compute_like_accelerate(self.model, recipe.model.torch_dtype)
+        know_lowprec()
+        if recipe.choice("weights") == "nf4":
+            know_bitsandbytes()
+        named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
+        self.trained = [Trained(name, p.numel(), p.dtype) for name, p in named]
+        self._parameters = [parameter for _, parameter in named]
+        self.followed = Followed(
+            self.model,
+            self._text.num_hidden_layers,
+            self._text.vocab_size,
+            states_of(recipe, self.trained).device,
+            machine.capability or (9, 0),
+        )
+        if updates_in_backward(recipe):
+            for parameter in self._parameters:
+                parameter.register_post_accumulate_grad_hook(_free_gradient)
+        functions = {getattr(module, "_gradient_checkpointing_func", None) for module in self.model.modules()}
+        self._offloads = [function for function in functions if isinstance(function, Offload)]
+        self.model.register_forward_pre_hook(lambda module, args: self.followed.begin(FORWARD))
+
+    @contextmanager
+    def _without_data(self) -> Iterator[None]:
+        with ExitStack() as stack:
+            for mode in self._modes:
+                stack.enter_context(mode)
+            # In its own thread the engine would ask for a device of the kind that it works for.
+            stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+            yield
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that are traced."""
+        return int(self._text.num_hidden_layers)
+
+    def loaded_parameters(self, num_layers: int) -> int:
+        """Parameters that a model of ``num_layers`` layers is loaded with."""
+        outside, inside = self._loaded
+        return outside + inside * num_layers // self.num_layers
+
+    @property
+    def offloaded_bytes(self) -> int:
+        """What one micro-batch of the last trace sent to the host."""
+        return sum(function.sent_bytes for function in self._offloads) // min(
+            self.recipe.train.gradient_accumulation_steps, 2
+        )
+
+    def trace(self, rows: int, length: int) -> Tape:
+        """The second optimizer step (the first one makes the states), with micro-batches of ``rows`` rows of ``length``
+        tokens, none of them padding and all of them trained."""
+        for function in self._offloads:
+            function.sent_bytes = 0
+        try:
+            with self._without_data():
+                lend_once(self.model)
+                return self.followed.follow(lambda: self._step(rows, length))
+        finally:
+            release_decode_buffers()  # it has no data, and belongs to the whole process
+
+    def _step(self, rows: int, length: int) -> None:
+        recipe, options = self.recipe, self.recipe.train
+        optimizer = _Optimizer(self._parameters, takes_flag=isinstance(recipe.optimizer, AdamWOptions))
+        if updates_in_backward(recipe):
+            optimizer.grad_norm = torch.zeros(())
+        accelerator: Any = _Accelerator(self.followed)
+        step = TrainStep(self.model, optimizer, SimpleNamespace(step=lambda: None), accelerator, options.max_grad_norm)
+        # A third micro-batch is like the second.
+        inputs = [_inputs(rows, length) for _ in range(min(options.gradient_accumulation_steps, 2))]
+        batch: Any = SimpleNamespace(micro_batches=inputs, num_trained_tokens_global=rows * length)
+        step(batch, stop=False)
+
+
+class _Accelerator:
+    """What ``TrainStep`` asks of Accelerate, for one process, without its global state."""
+
+    num_processes = 1
+    device = torch.device("cpu")
+
+    def __init__(self, followed: Followed):
+        self._followed = followed
+
+    def no_sync(self, model: nn.Module) -> AbstractContextManager:
+        return nullcontext()
+
+    def backward(self, loss: Tensor) -> None:
+        self._followed.begin(BACKWARD)
+        (loss / 1).backward()  # the division is Accelerate's, whose own accumulation is not used
+        self._followed.begin(UPDATE)
+
+    def clip_grad_norm_(self, parameters: list, max_norm: float) -> Tensor:
+        return nn.utils.clip_grad_norm_(parameters, max_norm)
+
+    def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
+        return tensor
+
+    def unscale_gradients(self, optimizer: Any) -> None:
+        pass
+
+
+class _Optimizer:
+    """In the optimizer's place: its states are laid out beforehand, and its kernels take no memory of their own."""
+
+    grad_norm: Tensor | None = None
+
+    def __init__(self, parameters: list[Tensor], takes_flag: bool):
+        self._parameters = parameters
+        if takes_flag:
+            self.found_inf = None
+
+    def step(self) -> None:
+        pass
+
+    def zero_grad(self, set_to_none: bool) -> None:
+        for parameter in self._parameters:
+            parameter.grad = None
+
+
+def _inputs(rows: int, length: int) -> dict[str, Tensor]:
+    inputs = {name: torch.zeros(rows, length, dtype=torch.int64) for name in ("input_ids", "labels", "attention_mask")}
+    return inputs | {"trained_positions": torch.zeros(rows * (length - 1), dtype=torch.int64)}
+
+
+def _free_gradient(parameter: Tensor) -> None:
+    parameter.grad = None
+
+
+def updates_in_backward(recipe: Recipe) -> bool:
+    """As ``lowprec.train.loop`` decides, for one process."""
+    options = recipe.train
+    alone = options.gradient_accumulation_steps == 1
+    return isinstance(recipe.optimizer, AdamWOptions) and options.max_grad_norm is None and alone
+
+
+def compute_like_accelerate(model: Any, dtype: torch.dtype) -> None:
+    """Autocast around this instance's forward, and results in fp32, as ``Accelerator.prepare_model`` does it."""
+    if dtype == torch.float32:
+        return
+    own = model.forward
+    plain = own.__func__ if isinstance(own, MethodType) else own
+    model.forward = MethodType(convert_outputs_to_fp32(torch.autocast("cpu", dtype=dtype)(plain)), model)

@@ -1,0 +1,218 @@
+"""What a traced step leaves: when storages came and went and what was computed, layer by layer; and the same for a
+model of more layers.
+
+A decoder repeats one layer, so a step of a model of ``TEMPLATE_LAYERS`` layers says all about one of any depth: its first
+two and its last two layers are played as they are, the one between as often as it takes. What lies outside the layers is
+played once. A storage is found again as "number ``ordinal`` that this visit of that layer allocated"; where the layers
+turn out not to be alike, ``Tape.stretched`` says so and the caller traces all of them.
+"""
+
+from collections import Counter
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+TEMPLATE_LAYERS = 5
+MIDDLE = 2
+
+KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
+"""What holds device memory, in the order of reports; there ``slack`` and ``context`` follow."""
+
+
+class NotUniformError(Exception):
+    """The layers of the trace are not alike, so that it cannot stand for a deeper model."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """``count`` products ``[m, k] @ [k, n]`` of one call (several for a batched one)."""
+
+    kind: str
+    m: int
+    n: int
+    k: int
+    count: int = 1
+
+
+@dataclass(slots=True)
+class Run:
+    """Consecutive events of one phase in one layer (None: outside the layers)."""
+
+    phase: str
+    layer: int | None
+    events: list[int] = field(default_factory=list)
+    """``2 * storage`` where it comes, ``2 * storage + 1`` where it goes."""
+    products: Counter[Product] = field(default_factory=Counter)
+    moves: Counter[int] = field(default_factory=Counter)
+    """Bytes read and written by one call -> calls, of all that is no product."""
+    calls: int = 0
+    """Kernels launched."""
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """A storage of the stretched step."""
+
+    sweep: int
+    layer: int | None
+    ordinal: int
+
+
+@dataclass(slots=True)
+class Tape:
+    """Storages are numbered in the order in which they came."""
+
+    sizes: list[int] = field(default_factory=list)
+    kinds: list[str] = field(default_factory=list)
+    runs: list[Run] = field(default_factory=list)
+    num_layers: int = 0
+
+    def begin(self, phase: str, layer: int | None = None) -> None:
+        self.runs.append(Run(phase, layer))
+
+    def events(self) -> Iterator[tuple[str, bool, object, int, str]]:
+        """(phase, whether it comes, an identity, bytes, kind) of every event in turn."""
+        for run in self.runs:
+            for event in run.events:
+                storage = event >> 1
+                yield run.phase, event & 1 == 0, storage, self.sizes[storage], self.kinds[storage]
+
+    def stretched(self, num_layers: int) -> "Stretched":
+        """This step as a model of ``num_layers`` layers takes it.
+
+        Raises:
+            NotUniformError: the layers are not alike.
+        """
+        return Stretched(self, num_layers)
+
+
+class Stretched:
+    """``Tape`` for more layers; same interface."""
+
+    def __init__(self, tape: Tape, num_layers: int):
+        assert tape.num_layers == TEMPLATE_LAYERS < num_layers
+        self._tape, self._num_layers = tape, num_layers
+        self._owner: dict[int, Key] = {}
+        self._runs = _settled(tape)
+        self._sizes: dict[tuple[int, int | None], list[int]] = {}
+        self._goes: set[int] = set()
+        for sweep, run in self._runs:
+            place = self._sizes.setdefault((sweep, run.layer), [])
+            for event in run.events:
+                if event & 1 == 0:
+                    self._owner[event >> 1] = Key(sweep, run.layer, len(place))
+                    place.append(event >> 1)
+                else:
+                    self._goes.add(event >> 1)
+
+    @property
+    def runs(self) -> Iterator[Run]:
+        for _, run, _ in self._played():
+            yield run
+
+    def events(self) -> Iterator[tuple[str, bool, object, int, str]]:
+        sizes, kinds = self._tape.sizes, self._tape.kinds
+        alive: set[tuple[int, int | None, int]] = set()
+        for _, run, shift in self._played():
+            for event in run.events:
+                storage, key = event >> 1, self._owner[event >> 1]
+                layer = None if key.layer is None else key.layer + shift
+                place = (key.sweep, layer, key.ordinal)
+                if event & 1 == 0:
+                    alive.add(place)
+                elif place in alive:
+                    self._check(key, layer, storage)
+                    alive.remove(place)
+                else:
+                    continue  # what all layers share goes once
+                yield run.phase, event & 1 == 0, place, sizes[storage], kinds[storage]
+        for sweep, layer, ordinal in alive:
+            if self._at(sweep, layer)[ordinal] in self._goes:
+                raise NotUniformError(f"something that layer {layer} allocates is never freed")
+
+    def _at(self, sweep: int, layer: int | None) -> list[int]:
+        return self._sizes.get((sweep, None if layer is None else _template(layer, self._num_layers)), [])
+
+    def _check(self, key: Key, layer: int | None, storage: int) -> None:
+        """A storage that another layer's run frees must be what the template says it is."""
+        if layer is None:
+            return
+        there = self._at(key.sweep, layer)
+        if key.ordinal >= len(there) or self._tape.sizes[there[key.ordinal]] != self._tape.sizes[storage]:
+            raise NotUniformError(f"layer {layer} allocates other things than layer {key.layer}")
+
+    def _played(self) -> Iterator[tuple[int, Run, int]]:
+        """(sweep, run, number of its layer minus the template's) in the order of the deeper model."""
+        previous = -1
+        for sweep, run in self._runs:
+            if run.layer == MIDDLE:
+                middle = range(MIDDLE, self._num_layers - 2)
+                for layer in middle if previous < MIDDLE else reversed(middle):
+                    yield sweep, run, layer - MIDDLE
+            else:
+                shift = self._num_layers - TEMPLATE_LAYERS if run.layer is not None and run.layer > MIDDLE else 0
+                yield sweep, run, shift
+            previous = -1 if run.layer is None else run.layer
+
+
+def _template(layer: int, num_layers: int) -> int:
+    return layer - num_layers + TEMPLATE_LAYERS if layer >= num_layers - 2 else min(layer, MIDDLE)
+
+
+def _settled(tape: Tape) -> list[tuple[int, Run]]:
+    """The runs, each with the number of the sweep over the layers that it belongs to.
+
+    A run outside the layers in which storages of layers go (``zero_grad``) is cut into runs of those layers.
+    """
+    layer_of: dict[int, int | None] = {}
+    cut: list[Run] = []
+    for run in tape.runs:
+        pieces = [run] if run.layer is not None else _cut(run, layer_of)
+        for piece in pieces:
+            cut.append(piece)
+            layer_of.update({event >> 1: piece.layer for event in piece.events if event & 1 == 0})
+    settled: list[tuple[int, Run]] = []
+    sweep, step, previous = 0, 0, None
+    for run in cut:
+        if run.layer is None or previous is None or previous.layer is None or previous.phase != run.phase:
+            sweep, step = sweep + 1, 0
+        elif run.layer != previous.layer:
+            direction = 1 if run.layer > previous.layer else -1
+            if step and direction != step:
+                sweep, direction = sweep + 1, 0
+            step = direction
+        else:  # the same layer goes on
+            _append(settled[-1][1], run)
+            continue
+        settled.append((sweep, Run(run.phase, run.layer)))
+        _append(settled[-1][1], run)
+        previous = run
+    return settled
+
+
+def _append(run: Run, more: Run) -> None:
+    run.events += more.events
+    run.products += more.products
+    run.moves += more.moves
+    run.calls += more.calls
+
+
+def _cut(run: Run, layer_of: dict[int, int | None]) -> list[Run]:
+    """What comes in a run outside the layers belongs to the layer of what goes next (a gradient and its successor)."""
+    tagged: list[tuple[int, int | None]] = []
+    new: dict[int, int | None] = {}
+    layer: int | None = None
+    for event in reversed(run.events):
+        storage = event >> 1
+        if event & 1:
+            layer = layer_of.get(storage)
+            if storage not in layer_of:
+                new[storage] = None
+        elif storage in new:
+            layer = None
+        tagged.append((event, layer))
+    pieces = [Run(run.phase, None, [], run.products, run.moves, run.calls)]
+    for event, layer in reversed(tagged):
+        if layer != pieces[-1].layer:
+            pieces.append(Run(run.phase, layer))
+        pieces[-1].events.append(event)
+    return pieces

@@ -1,0 +1,114 @@
+"""Follows a real step or a traced one, operator by operator: which storages are alive, what is multiplied and moved.
+
+The method is that of ``torch.distributed._tools.mem_tracker`` (weak references to storages below a dispatch mode), which
+keeps peaks where this keeps the events themselves.
+"""
+
+import weakref
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from lowprec.plan.operators import hidden_bytes, products_of
+from lowprec.plan.tape import Tape
+
+FORWARD, LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "update"
+PHASES = (FORWARD, LOSS, BACKWARD, UPDATE)
+STILL = "model"
+"""Before the step: what is there already."""
+
+
+_NO_KERNEL = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided}
+
+
+class Tracker(TorchDispatchMode):
+    """Writes ``tape`` while it is entered. ``vocab_size`` tells logits by their shape."""
+
+    def __init__(self, vocab_size: int | None = None):
+        super().__init__()
+        self.tape = Tape()
+        self.tape.begin(STILL)
+        self.keeps = False
+        """Whether what comes now is kept for backward (in forward, and in recomputed forward)."""
+        self._vocab_size = vocab_size
+        self._number: dict[int, int] = {}
+        self._references: dict[int, weakref.ref] = {}
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
+        kwargs = kwargs or {}
+        out = func(*args, **kwargs)
+        inputs, outputs = list(_tensors(args)), list(_tensors(out))
+        if kwargs:
+            inputs += _tensors(tuple(kwargs.values()))
+        for tensor in outputs:
+            if tensor.device.type != "meta":  # what lies elsewhere takes no device memory
+                self._meet(tensor)
+        if not func.is_view and func.overloadpacket not in _NO_KERNEL and (outputs or func._schema.is_mutable):
+            self._count(func, args, kwargs, inputs, outputs)
+        return out
+
+    def _count(self, func: Any, args: tuple, kwargs: dict, inputs: list, outputs: list) -> None:
+        hidden = hidden_bytes(func, args, kwargs, outputs)
+        run = self.tape.runs[-1]
+        if hidden:
+            number = self._new(hidden, "workspace")
+            run.events += (2 * number, 2 * number + 1)
+        run.calls += 1
+        products = products_of(func, args, outputs)
+        if products:
+            run.products.update(products)
+        else:
+            # What is expanded is read once.
+            run.moves[sum(min(t.nbytes, t.untyped_storage().nbytes()) for t in (*inputs, *outputs))] += 1
+
+    def hold(self, tensor: torch.Tensor, kind: str) -> None:
+        """Say what a storage is, whether it has been met or not."""
+        if tensor.device.type != "meta":
+            self.tape.kinds[self._meet(tensor)] = kind
+
+    def reserve(self, nbytes: int, kind: str) -> None:
+        """Something that stays and is no tensor of the trace."""
+        self.tape.runs[-1].events.append(2 * self._new(nbytes, kind))
+
+    @contextmanager
+    def keeping(self, keeps: bool) -> Iterator[None]:
+        before, self.keeps = self.keeps, keeps
+        try:
+            yield
+        finally:
+            self.keeps = before
+
+    def _meet(self, tensor: torch.Tensor) -> int:
+        storage = tensor.untyped_storage()
+        place = storage._cdata
+        number = self._number.get(place)
+        if number is None:
+            logits = self._vocab_size is not None and self._vocab_size in tensor.shape
+            kind = "logits" if logits else "activations" if self.keeps else "workspace"
+            number = self._new(storage.nbytes(), kind)
+            self._number[place] = number
+            self._references[number] = weakref.ref(storage, lambda _, n=number, p=place: self._gone(n, p))
+            self.tape.runs[-1].events.append(2 * number)
+        return number
+
+    def _new(self, nbytes: int, kind: str) -> int:
+        self.tape.sizes.append(nbytes)
+        self.tape.kinds.append(kind)
+        return len(self.tape.sizes) - 1
+
+    def _gone(self, number: int, place: int) -> None:
+        del self._references[number]
+        if self._number.get(place) == number:
+            del self._number[place]
+        self.tape.runs[-1].events.append(2 * number + 1)
+
+
+def _tensors(values: Any) -> Iterator[torch.Tensor]:
+    if isinstance(values, torch.Tensor):
+        yield values
+    elif isinstance(values, list | tuple):
+        for value in values:
+            yield from _tensors(value)
