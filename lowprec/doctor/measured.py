@@ -60,6 +60,8 @@ def render_profile(profile: Profile, console: Console) -> None:
         shown = (f"{100 * error:.1f} %" for error in errors)
         products.add_row(kind, f"{machine.tflops[kind]:.3g}", str(found.products), *shown)
     console.print(products, highlight=False)
+    for kind, reason in limits["kinds_refused"].items():
+        console.print(f" {kind:<5} not timed: {reason}", highlight=False, markup=False)
     repeat = f"The same product, timed twice, differs by {100 * profile.repeat_error:.1f} % (median)."
     console.print(repeat, highlight=False)
     if profile.repeat_error > BUSY:

@@ -23,7 +23,7 @@ from lowprec.machine.shapes import Shape, designed_shapes
 from lowprec.machine.timing import copy_bandwidth, link_bandwidth, milliseconds
 from lowprec.optim.disk import GIB, HostMemory
 
-SECONDS = 55.0
+SECONDS = 50.0
 MAX_PRODUCTS = 140
 """Of one kind: more would make the fit no better, and slower."""
 MIN_PRODUCTS = 24
@@ -50,8 +50,10 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
     h2d, d2h = link_bandwidth(GIB // 2, device) if gpu else (memory, memory)
     context_mib = _context_mib(device) if gpu else 0.0
     pinned = pinned_gib() if gpu else None
-    products, differences = _products(device, seconds * 5 / 6, progress)
-    launch_us = 1e3 * min(sample.ms for samples in products.values() for sample in samples)
+    refused = {kind: why for kind in KINDS if (why := _why_not(kind, device)) is not None}
+    kinds = [kind for kind in KINDS if kind not in refused]
+    products, differences = _products(kinds, device, seconds * 5 / 6, progress)
+    launch_us = 1e3 * _Operands("fp32", device).milliseconds(Shape(16, 16, 16, ""))
     sm_count = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 0
     rates = {kind: Rates(_tflops(samples), memory, sm_count, launch_us) for kind, samples in products.items()}
     progress("fitting", 0.95)
@@ -86,18 +88,20 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
             "disk_direct": direct,
             "disk_block_mib": disk.block_mib,
             "disk_threads": disk.threads,
+            "kinds_refused": refused,
         },
         versions=versions() | ({"cuda": str(torch.version.cuda)} if gpu else {}),
         written=datetime.now(UTC).isoformat(timespec="seconds"),
     )
 
 
-def _products(device: torch.device, seconds: float, progress: Progress) -> tuple[dict[str, list[Sample]], list[float]]:
-    """Timed products of each kind that runs here, and how much the second time of each differs from the first.
+def _products(
+    kinds: list[str], device: torch.device, seconds: float, progress: Progress
+) -> tuple[dict[str, list[Sample]], list[float]]:
+    """Timed products of each kind, and how much the second time of each differs from the first.
 
     All products of a kind are timed twice, a while apart, and the lesser time counts: other work only ever adds.
     """
-    kinds = [kind for kind in KINDS if _runs(kind, device)]
     end, differences = time.perf_counter() + seconds, []
     products: dict[str, list[Sample]] = {}
     for index, kind in enumerate(kinds):
@@ -126,7 +130,8 @@ class _Operands:
 
     def __init__(self, kind: str, device: torch.device) -> None:
         self.kind, self.device = kind, device
-        self.elements = min(2**28 if device.type == "cuda" else 2**25, _free_bytes(device) // 32)
+        # Whole kibibytes: operands are cut from the end as well, and kernels want them aligned.
+        self.elements = min(2**28 if device.type == "cuda" else 2**25, _free_bytes(device) // 32) // 1024 * 1024
         numbers = torch.randn(self.elements, device=device)
         self._scale = torch.ones(1, device=device)
         if kind == "int8":
@@ -153,15 +158,23 @@ class _Operands:
             torch.backends.cuda.matmul.allow_tf32 = before
 
 
-def _runs(kind: str, device: torch.device) -> bool:
-    """Whether the device has units for a kind; a processor's bf16 where it multiplies it itself, never 8 bits."""
+def _why_not(kind: str, device: torch.device) -> str | None:
+    """Why a kind is left out, or None: by capability, and by a product on the GPU.
+
+    A processor's bf16 counts where it multiplies it itself; its 8-bit products are emulated, so nobody plans with them.
+    """
     from lowprec.model import has_bf16
 
     if device.type == "cpu":
-        return kind == "fp32" or (kind == "bf16" and has_bf16(device))
-    capability = torch.cuda.get_device_capability(device)
-    least = {"bf16": (8, 0), "tf32": (8, 0), "int8": (8, 0), "fp8": (8, 9)}
-    return capability >= least.get(kind, (0, 0))
+        return None if kind == "fp32" or (kind == "bf16" and has_bf16(device)) else "the processor has no units for it"
+    least = {"bf16": (8, 0), "tf32": (8, 0), "int8": (8, 0), "fp8": (8, 9)}.get(kind, (0, 0))
+    if torch.cuda.get_device_capability(device) < least:
+        return f"it needs compute capability {'.'.join(map(str, least))}"
+    try:
+        _Operands(kind, device).milliseconds(Shape(64, 64, 64, ""))
+    except Exception as error:  # whatever a kernel or a library raises: the other kinds can be measured all the same
+        return " ".join(str(error).split())[:300] or type(error).__name__
+    return None
 
 
 def _tflops(samples: list[Sample]) -> float:
@@ -196,7 +209,9 @@ sys.stdin.readline()
 def _context_mib(device: torch.device) -> float:
     """Device memory that another process takes beside its tensors, cuBLAS loaded."""
     before = torch.cuda.mem_get_info(device)[0]
-    child = subprocess.Popen([sys.executable, "-c", _CHILD], stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True)
+    pipe = subprocess.PIPE
+    command = [sys.executable, "-c", _CHILD]
+    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
     assert child.stdout is not None
     try:
         reserved = child.stdout.readline()
@@ -207,7 +222,7 @@ def _context_mib(device: torch.device) -> float:
         child.communicate("\n")
 
 
-def pinned_gib(most_gib: float = 16.0) -> float:
+def pinned_gib(most_gib: float = 8.0) -> float:
     """The largest power of two of GiB that can be pinned, up to ``most_gib`` and half the free memory."""
     pinned, size = 0.0, 0.5
     while size <= min(most_gib, psutil.virtual_memory().available / GIB / 2):

@@ -33,7 +33,8 @@ class Profile:
     validation: Mapping[str, Validation]
     repeat_error: float
     limits: Mapping[str, Any]
-    """``pinned_gib``, ``pinned_is_limit``, ``disk_path``, ``disk_direct``, ``disk_block_mib``, ``disk_threads``."""
+    """``pinned_gib`` (None without a GPU), ``disk_path``, ``disk_direct``, ``disk_block_mib``, ``disk_threads``,
+    ``kinds_refused`` (kind -> why its products were not timed)."""
     versions: Mapping[str, str]
     written: str
 

@@ -252,7 +252,7 @@ def test_the_machine_profile_is_shown_and_its_age_noticed(monkeypatch, tmp_path)
         products={"bf16": [sample, sample._replace(m=128, group="b")]},
         validation={"bf16": validation},
         repeat_error=0.2,
-        limits={"disk_direct": True, "disk_path": "/d", "pinned_gib": 2.0},
+        limits={"disk_direct": True, "disk_path": "/d", "pinned_gib": 2.0, "kinds_refused": {"fp8": "no units"}},
         versions={"torch": torch.__version__},
         written="2026-11-24T00:00:00+00:00",
     )
@@ -261,7 +261,7 @@ def test_the_machine_profile_is_shown_and_its_age_noticed(monkeypatch, tmp_path)
     console = Console(record=True, width=100)
     render_profile(profile, console)
     text = console.export_text()
-    assert "7.0 %" in text and "700 W" in text and "measure again" in text
+    assert "7.0 %" in text and "700 W" in text and "measure again" in text and "not timed: no units" in text
     replace(profile, versions={"torch": "1.0"}).write(profile_path())
     with pytest.raises(RuntimeError, match="PyTorch 1.0"):
         recipes._profile()
