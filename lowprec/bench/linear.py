@@ -15,10 +15,12 @@ from torch import nn
 
 from lowprec.bench.measure import BenchResult, need_gpu
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Fp8Hadamard, Int8Hadamard
+from lowprec.layers.nf4 import NF4, PRODUCTS
 from lowprec.machine.timing import graph_milliseconds, milliseconds
 from lowprec.prepare import as_scheme
 
 PEERS = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
+SIXTEEN_BITS = ("bf16", "nf4, bf16", "nf4, bitsandbytes")
 PEAK_TFLOPS = {"H100": (989, 1979), "H200": (989, 1979), "4090": (165, 330), "A100": (312, 624)}
 """Dense 16-bit and 8-bit rates of datasheets."""
 
@@ -58,6 +60,10 @@ def _layer(out_features: int, in_features: int, tokens: int, frozen: bool, peers
     candidates: dict[str, Any] = {"bf16": torch.compile(copy.deepcopy(plain))}
     for name, scheme in _schemes(frozen).items():
         candidates[name] = scheme.convert(copy.deepcopy(plain), frozen)
+    if frozen:
+        for product in PRODUCTS:
+            candidates[f"nf4, {product}"] = NF4(product=product).convert(copy.deepcopy(plain), True)
+        candidates["nf4, bitsandbytes"] = _bitsandbytes(plain)
     if peers:
         candidates |= {f"torchao {recipe}": _torchao(copy.deepcopy(plain), recipe) for recipe in PEERS}
     flops = 2 * tokens * out_features * in_features * (2 if frozen else 3)
@@ -74,7 +80,7 @@ def _layer(out_features: int, in_features: int, tokens: int, frozen: bool, peers
         first = rows[0] if rows else row
         row["x bf16, graph"] = first["graph"] / row["graph"]
         row["x bf16, eager"] = first["eager"] / row["eager"]
-        row["bound"] = flops / _peak(name != "bf16") / 1e9 / row["graph"]
+        row["bound"] = flops / _peak(name not in SIXTEEN_BITS) / 1e9 / row["graph"]
         rows.append(row)
     return rows
 
@@ -101,6 +107,16 @@ def _operands(out_features: int, in_features: int, tokens: int, frozen: bool):
 def _step(layer: nn.Module, x: torch.Tensor, error: torch.Tensor, frozen: bool):
     wanted = [x, *([] if frozen else [p for p in layer.parameters() if p.requires_grad])]
     return lambda: torch.autograd.grad(layer(x), wanted, error)
+
+
+def _bitsandbytes(linear: nn.Linear) -> nn.Module:
+    import bitsandbytes as bnb
+
+    layer = bnb.nn.Linear4bit(
+        linear.in_features, linear.out_features, False, torch.bfloat16, quant_type="nf4", device="meta"
+    )
+    layer.weight = bnb.nn.Params4bit(linear.weight.data.clone(), requires_grad=False, quant_type="nf4", module=layer)
+    return layer.cuda()
 
 
 def _torchao(linear: nn.Linear, recipe: str) -> Any:

@@ -1,12 +1,20 @@
-"""``lowprec bench rotate``: the one-pass casts against the copy of as many bytes, measured in the same run."""
+"""``lowprec bench rotate``: the one-pass casts, and NF4 to the operands of products, against the copy of as many bytes,
+measured in the same run."""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any
 
 import torch
 from lowprec_kernels.hadamard.reference import LARGEST_BLOCK
+from lowprec_kernels.nf4.cases import LAYERS
+from lowprec_kernels.nf4.cases import Case as Nf4Case
 from lowprec_kernels.quantize_rows.cases import LARGE_DIMS, LARGE_ELEMENTS, Case
 from lowprec_kernels.quantize_rows.reference import FP8
 
 from lowprec import ops
 from lowprec.bench.measure import BenchResult, need_gpu
+from lowprec.layers.nf4 import NF4, PRODUCTS
 from lowprec.layers.products import GRADIENT_BLOCK
 from lowprec.machine.timing import copy_bandwidth, milliseconds
 
@@ -20,11 +28,50 @@ def run(tokens: int = 8192) -> BenchResult:
         for count in (-(-LARGE_ELEMENTS // dim), tokens):
             x = big[: count * dim].view(count, dim)
             rows += _passes(x, Case(count, dim, LARGEST_BLOCK))
+    rows += [row for out_features, in_features in LAYERS for row in _decoding(out_features, in_features)]
     return BenchResult(
-        "Rotate-and-quantise passes",
+        "Rotate-and-quantise passes, and 4-bit weights to operands",
         rows,
         ["share: of the bandwidth of a copy that moves the same bytes in the same run; bytes read and written counted"],
     )
+
+
+def _decoding(out_features: int, in_features: int) -> list[dict]:
+    """NF4 to each operand of a layer's products, and bitsandbytes' own decoding."""
+    import bitsandbytes as bnb
+
+    case = Nf4Case(out_features, in_features)
+    rows = []
+    for product in PRODUCTS:
+        with torch.device("cuda"):
+            plain = torch.nn.Linear(in_features, out_features, bias=False).bfloat16()
+        layer: Any = NF4(product=product).convert(plain, frozen=True)
+        size, plan = (out_features, in_features), layer.plan
+        if plan is None:
+            out = torch.empty(size, dtype=torch.bfloat16, device="cuda")
+            state = layer.weight.quant_state
+            calls = {
+                "nf4 to bf16": partial(ops.decode_nf4, *layer.stored, out_features, out),
+                "nf4 to bf16, bitsandbytes": partial(bnb.functional.dequantize_4bit, layer.weight.data, state),
+            }
+        else:
+            row, column = (bits.view(torch.float32) for bits in (layer.row_bits, layer.column_bits))
+            out, turned = (torch.empty(s, dtype=plan.dtype, device="cuda") for s in (size, size[::-1]))
+            weight, block = (*layer.stored, out_features), plan.error_out_block
+            calls = {
+                f"nf4 to {product}": partial(ops.decode_nf4, *weight, out, row, plan.in_block),
+                f"nf4 to {product}, transposed": partial(ops.decode_nf4, *weight, turned, column, 1, block, True),
+            }
+        rows += [
+            _row(name, call, out_features, in_features, case.floor_bytes(out.itemsize)) for name, call in calls.items()
+        ]
+    return rows
+
+
+def _row(name: str, call: Callable[[], object], rows: int, dim: int, nbytes: float) -> dict:
+    ms, copy = milliseconds(call), copy_bandwidth(int(nbytes))
+    rate = nbytes / ms / 1e6
+    return {"pass": name, "rows": rows, "dim": dim, "ms": ms, "GB/s": rate, "share": rate / copy}
 
 
 def _passes(x: torch.Tensor, case: Case) -> list[dict]:
@@ -41,9 +88,4 @@ def _passes(x: torch.Tensor, case: Case) -> list[dict]:
         "transpose codes, factors": (lambda: ops.transpose_codes(codes, factor), case.transpose_bytes),
         f"rotate, bf16, block {case.block}": (lambda: ops.rotate(x, case.block), 4 * x.numel()),
     }
-    rows = []
-    for name, (call, nbytes) in passes.items():
-        ms, copy = milliseconds(call), copy_bandwidth(nbytes)
-        rate = nbytes / ms / 1e6
-        rows.append({"pass": name, "rows": case.rows, "dim": case.dim, "ms": ms, "GB/s": rate, "share": rate / copy})
-    return rows
+    return [_row(name, call, case.rows, case.dim, nbytes) for name, (call, nbytes) in passes.items()]

@@ -37,8 +37,8 @@ def bench_train(
         works: names, families (``longest_8b``), or ``grid``; None for the table of docs/benchmarks.
         peers: libraries to measure beside lowprec where a work lists them; ``all`` for those that are installed.
         folder: holds ``bench_train.jsonl``, ``bench_train.md`` and what runs need; results in it are not repeated.
-        minutes: no run is begun that could go on beyond this time, and one that does is ended: for machines that are
-            lent in slices. Call again to go on. A run that failed is tried again then; one that ran out of memory is not.
+        minutes: a run that goes on beyond this time is ended: for machines that are lent in slices. Call again to go
+            on; what failed is tried again then, what ran out of memory is not.
         again: repeat runs that are in the results.
         say: told of every run.
 

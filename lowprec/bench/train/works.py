@@ -63,8 +63,8 @@ class Work:
         return self.name.partition("@")[0]
 
 
-def _qlora(name: str, shape: dict, batch: int, length: int, **fields: Any) -> Work:
-    return Work(name, shape, batch, length, "qlora_nf4", (f"weights.tokens={batch * length}",), **fields)
+def _qlora(name: str, shape: dict, batch: int, length: int, *more: str, **fields: Any) -> Work:
+    return Work(name, shape, batch, length, "qlora_nf4", (f"weights.tokens={batch * length}", *more), **fields)
 
 
 def _full(name: str, shape: dict, batch: int, length: int, *more: str, **fields: Any) -> Work:
@@ -75,9 +75,10 @@ def _full(name: str, shape: dict, batch: int, length: int, *more: str, **fields:
 def all_works() -> dict[str, Work]:
     """Name -> work, in the order of running."""
     short = {"warmup": 1, "timed": 2}
+    lean = ("train.gradient_checkpointing=offload", "optimizer.state_dtype=int8")  # as unsloth and its optimizer do
     smaller = ("optimizer.master=split", "optimizer.state_dtype=int8")
     works = [
-        _qlora("qlora_8b", LLAMA_8B, 2, 2048, peers=QLORA_PEERS,
+        _qlora("qlora_8b", LLAMA_8B, 2, 2048, *lean, peers=QLORA_PEERS,
                target="1.5x unsloth's tokens/s in no more memory; 2.2x transformers'"),
         Work("lora_8bit_8b", LLAMA_8B, 2, 2048, "lora", ("weights=fp8",), "lora",
              ("transformers", "transformers+liger"), target="2.4x transformers' tokens/s in at most 13 GB",
@@ -85,14 +86,15 @@ def all_works() -> dict[str, Work]:
         _full("full_1b", LLAMA_1B, 4, 2048, "train.gradient_checkpointing=none", *smaller,
               peers=("transformers", "transformers+liger", "torchao"),
               target="1.35x transformers+liger in no more memory"),
-        _qlora("qlora_8b_1x2048", LLAMA_8B, 1, 2048, target="what the capped run is compared with"),
-        _qlora("qlora_8b_capped@8GiB", LLAMA_8B, 1, 2048, cap_gib=8.0, target="0.9x of the uncapped speed"),
-        *(_qlora(f"qlora_8b_capped@{cap:g}GiB", LLAMA_8B, 1, 2048, cap_gib=cap, **short,
+        _qlora("qlora_8b_1x2048", LLAMA_8B, 1, 2048, *lean, target="what the capped run is compared with"),
+        _qlora("qlora_8b_capped@8GiB", LLAMA_8B, 1, 2048, *lean, cap_gib=8.0, target="0.9x of the uncapped speed"),
+        *(_qlora(f"qlora_8b_capped@{cap:g}GiB", LLAMA_8B, 1, 2048, *lean, cap_gib=cap, **short,
                  target="the smallest cap that runs is at most 6 GiB") for cap in (7.0, 6.0, 5.5, 5.0)),
         *(_full(f"full_1.5b_8gib_{store}", QWEN_1_5B, 1, 1024, "train.gradient_checkpointing=full",
                 "optimizer.master=split", f"state_store={store}", cap_gib=8.0, warmup=2, timed=5,
                 target="runs, with its step time") for store in ("cpu", "ssd")),
-        *(_qlora(f"longest_8b@{length}", LLAMA_8B, 1, length, cap_gib=24.0, **short, target="at least 32768 tokens")
+        *(_qlora(f"longest_8b@{length}", LLAMA_8B, 1, length, *lean, cap_gib=24.0, **short,
+                 target="at least 32768 tokens")
           for length in (16384, 32768, 40960, 49152, 65536, 98304)),
         *(_qlora(f"grid_{name}_{length}", shape, 1, length, peers=("transformers",), warmup=5, timed=10,
                  target="no step slower than transformers + peft + bitsandbytes")
