@@ -10,6 +10,7 @@ from pathlib import Path
 
 from rich.console import Console
 
+from lowprec.allocator import use_expandable_segments
 from lowprec.errors import UserError
 
 _TRAIN_HELP = """
@@ -79,10 +80,9 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(f"unknown argument {wrong[0]}; keys are given as key=value, without dashes")
     if rest:
         options.overrides += rest
-    # Read by PyTorch when CUDA starts: without it, lengths that change from batch to batch fragment the memory.
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would fill a log file
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    use_expandable_segments()
     try:
         return options.run(options)
     except UserError as error:

@@ -95,11 +95,11 @@ BATCH = [packed([9, 1, 14]), packed([5]), packed([8, 17, 11])]
 @pytest.mark.parametrize("arch", ["llama", "qwen3", "gpt2", "opt"])
 def test_lengths_give_the_gradients_that_masks_give(arch):
     results = []
-    for attention in (PackedAttention.BOOL_MASK, PackedAttention.DOCUMENTS):
+    for cut in (PackedAttention.BOOL_MASK, PackedAttention.DOCUMENTS):
         model = tiny_model(arch, use_cache=False)
-        if attention is PackedAttention.DOCUMENTS:
+        if cut is PackedAttention.DOCUMENTS:
             assert attend_without_masks(model)
-        loss = loss_sum(model, collate(BATCH, pad_token_id=256, attention=attention))
+        loss = loss_sum(model, collate(BATCH, pad_token_id=256, attention=cut))
         loss.backward()
         results.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])))
     (expected, gradient), (loss, mine) = results

@@ -8,6 +8,7 @@ from accelerate import Accelerator, DistributedType, PartialState
 from accelerate.tracking import LOGGER_TYPE_TO_CLASS
 from accelerate.utils import GradScalerKwargs, broadcast_object_list, parse_flag_from_env
 
+from lowprec.allocator import use_expandable_segments
 from lowprec.config import Recipe
 from lowprec.errors import UserError
 from lowprec.model import settle_dtype
@@ -26,6 +27,7 @@ def start_accelerator(recipe: Recipe) -> tuple[Accelerator, str | None]:
     Raises:
         UserError: it was launched in a way that lowprec does not run, or a tracker is not installed.
     """
+    use_expandable_segments()  # for those who do not come by the command line
     # Accelerate finds CPU processes (gloo) only where it is told that there is no GPU to use.
     cpu = not torch.cuda.is_available() or parse_flag_from_env("ACCELERATE_USE_CPU")
     note = settle_dtype(recipe.model, PartialState(cpu=cpu).device)
