@@ -26,7 +26,7 @@ from torch.utils._pytree import tree_iter
 
 from lowprec.plan.follow import all_tensors, is_adapter
 from lowprec.plan.tape import KINDS
-from lowprec.profiling.modules import ModuleStack, collapsed
+from lowprec.profiling.modules import ModuleStack, collapsed, plain_name
 
 
 @dataclass(slots=True, eq=False)
@@ -106,7 +106,7 @@ class Alive(TorchDispatchMode):
                 record = self._follow(tensor)
                 if record is not None:
                     record.kind = "adapters" if is_adapter(name) else "weights"
-                    record.module = name.rpartition(".")[0]
+                    record.module = plain_name(name.rpartition(".")[0])
             self._hooks = self._modules.attach(self._turn) + self._watch_gradients(self.model)
         self._register_states()
         self._note("", "begin")

@@ -18,7 +18,7 @@ _CLASSES = (
               r"|copy_kernel.*(load|store)withcast|(bfloat16|float16|float8\w*)_copy_kernel"),
     ("attention", r"flash|fmha|attention|attn"),
     ("products", r"gemm|cutlass|cublas|nvjet|xmma|wgmma|splitk|_persistent|_simple|scaled_mm|scaled_matmul"
-                 r"|aten::(add|baddb|b)?mm\b|aten::linear|_int_mm"),
+                 r"|aten::(add|baddb|b)?mm_?\b|aten::linear|_int_mm"),
     ("optimizer", r"adam|multi_tensor|lamb|optimizer"),
     ("loss", r"cross_entropy|log_softmax|nll_loss|softmax"),
     ("memory moves", r"memcpy|memset|copy_kernel|fillfunctor|aten::(zero_|fill_)"),

@@ -16,7 +16,7 @@ class ModuleStack:
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        self._names = {} if model is None else {module: _plain(name) for name, module in model.named_modules() if name}
+        self._names = {} if model is None else {module: plain_name(name) for name, module in model.named_modules() if name}
         self._forward: list[str] = []
         self._backward = ""
         self._recomputes = False
@@ -94,7 +94,7 @@ def collapsed(name: str) -> str:
     return re.sub(r"(?<=\.)\d+(?=\.|$)", "*", name)
 
 
-def _plain(name: str) -> str:
+def plain_name(name: str) -> str:
     """Without what PEFT and data parallelism put around."""
-    name = re.sub(r"^(module\.)?(base_model\.model\.)?", "", name)
+    name = re.sub(r"^(module\.)?(base_model\.model(\.|$))?", "", name)
     return re.sub(r"\.(base_layer|default)$", "", name)

@@ -56,7 +56,7 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     wrapped = accelerator.prepare_model(model)
     prepared = accelerator.prepare_optimizer(optimizer)
     step = TrainStep(wrapped, prepared, schedule, accelerator, recipe.train.max_grad_norm)
-    batch = _batch(work, device)
+    batch = random_batch(work.shape["vocab_size"], work.batch, work.length, device)
     cap_memory(work.cap_gib, device)
     try:
         timing = time_steps(lambda: step(batch, stop=False).values[0], work.tokens, work.warmup, work.timed, device)
@@ -78,10 +78,10 @@ def _recipe(work: Work, folder: Path, device: torch.device) -> Recipe:
     return resolve(work.recipe, overrides)[0]
 
 
-def _batch(work: Work, device: torch.device) -> StepBatch:
+def random_batch(vocab_size: int, rows: int, length: int, device: torch.device) -> StepBatch:
     """One micro-batch of random tokens, all of which are trained."""
-    ids = torch.randint(0, work.shape["vocab_size"], (work.batch, work.length), device=device)
+    ids = torch.randint(0, vocab_size, (rows, length), device=device)
     inputs = {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": ids}
     inputs["trained_positions"] = trained_positions(ids)
-    tokens = {name: work.tokens for name in inspect.signature(StepBatch).parameters if name.startswith("num_t")}
+    tokens = {name: rows * length for name in inspect.signature(StepBatch).parameters if name.startswith("num_t")}
     return StepBatch(micro_batches=[inputs], num_padding=0, epoch=0.0, state={}, **tokens)

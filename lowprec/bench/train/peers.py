@@ -50,7 +50,7 @@ def _transformers(peer: str, work: Work, device: torch.device) -> Any:
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     model = random_model(work.shape, dtype, device)
     if work.method == "nf4":
-        _to_bitsandbytes(model, dtype, device)
+        to_bitsandbytes(model, dtype, device)
     model.to(device)
     if peer == "transformers+liger":
         from liger_kernel.transformers.monkey_patch import _apply_liger_kernel_to_instance
@@ -70,7 +70,7 @@ def _transformers(peer: str, work: Work, device: torch.device) -> Any:
     return get_peft_model(model, config).train()
 
 
-def _to_bitsandbytes(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
+def to_bitsandbytes(model: nn.Module, dtype: torch.dtype, device: torch.device) -> None:
     """Every linear layer but the head as ``BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4",
     bnb_4bit_use_double_quant=True)`` would load it."""
     import bitsandbytes as bnb
