@@ -25,7 +25,9 @@ def check_numerics() -> Iterator[Check]:
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     group = f"products on {'the GPU' if device.type == 'cuda' else 'the processor'}"
     newer = "It needs a newer GPU; the other formats serve meanwhile."
-    yield attempt(group, "bf16", partial(_bf16, device), remedy="Set model.dtype=fp16 (GPU) or fp32 (processor).")
+    remedy = "Set model.dtype=fp16 (GPU) or fp32 (processor)."
+    on_gpu = device.type == "cuda"  # where the shipped recipes compute in bf16; on a processor they may choose
+    yield attempt(group, "bf16", partial(_bf16, device), remedy=remedy, required=on_gpu)
     for name, product in (("fp8, a scale a tensor", _fp8_tensor), ("fp8, a scale a row", _fp8_row)):
         yield attempt(group, name, partial(_against_fp32, device, product), remedy=newer)
     yield attempt(group, "int8", partial(_int8, device), remedy=newer)
