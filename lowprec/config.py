@@ -207,6 +207,11 @@ def _check(recipe: Recipe) -> Recipe:
         raise UserError(
             "weights=nf4 stores the base in 4 bits, which cannot be trained: add adapter=lora, or weights=bf16."
         )
+    if train.torch_compile and data.packing:
+        raise UserError(
+            "train.torch_compile=true with data.packing=true would compile anew for every batch, since the samples' "
+            "lengths differ: set one of them to false."
+        )
     if data.streaming and train.max_steps is None:
         raise UserError("data.streaming=true has no known length: set train.max_steps.")
     if recipe.model.dtype == "fp16" and adapter == "none":

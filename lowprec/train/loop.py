@@ -27,6 +27,7 @@ from lowprec.report import dtypes, peak_memory
 from lowprec.run_folder import RunFolder, Status, read_report
 from lowprec.train.batch_size import find_batch_size, states_to_come
 from lowprec.train.clock import Mark
+from lowprec.train.compile import compile_layers, compile_seconds
 from lowprec.train.evaluation import answer, evaluate
 from lowprec.train.interrupt import StopRequest, stop_on_signals
 from lowprec.train.launch import claim_run_folder, start_accelerator
@@ -183,6 +184,9 @@ class Run:
             self.recorder.facts["lora"] = fused.to_dict()
         data_notes = fit_to_model(self.data, self.model)
         self.optimizer = recipe.optimizer.build(self.model, recipe.state_store)
+        if options.torch_compile:
+            layers_compiled = compile_layers(self.model)
+            self.console.print(f"{layers_compiled} decoder layers are compiled in the first steps.", highlight=False)
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.loader = self._loader()
         if options.find_batch_size:
@@ -265,6 +269,8 @@ class Run:
             summary.padding_share = self.loader.padding_share
         facts["data"] = summary.to_dict()
         facts["activations"] = self.activations.to_dict()
+        if self.recipe.train.torch_compile:
+            facts["compile_s"] = compile_seconds()
         facts["dtypes"] = dtypes(self.model, self.optimizer, COMPUTE_DTYPE[self.recipe.model.dtype])
         if self._trained_s and self.probes.probes:
             facts["probe_cost_share"] = round(self.probes.host_s / self._trained_s, 5)

@@ -33,6 +33,8 @@ class Train:
     ``full``, ``false`` is ``none``."""
     use_liger_kernel: bool = True
     """Liger's kernels for norms, gated MLPs and rotary embeddings of this run's model, where the device runs them."""
+    torch_compile: bool = False
+    """Compile the decoder layers, with ``gradient_checkpointing`` none or full."""
     max_grad_norm: float | None = 1.0
     """Exact clipping by the global norm; None turns it off."""
     seed: int = 42
@@ -57,6 +59,11 @@ class Train:
 
     def __post_init__(self) -> None:
         self.gradient_checkpointing = _policy(self.gradient_checkpointing)
+        if self.torch_compile and self.gradient_checkpointing not in ("none", "full"):
+            raise UserError(
+                f"train.torch_compile=true does not work with train.gradient_checkpointing="
+                f"{self.gradient_checkpointing}: choose none or full, or train.torch_compile=false."
+            )
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                     "sample_max_new_tokens"):  # fmt: skip
             _at_least_one(key, getattr(self, key))

@@ -1,0 +1,54 @@
+"""Compiled layers give the loss and gradients of plain ones, and the time for compiling is told."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowprec.activations import keep_activations
+from lowprec.config import resolve
+from lowprec.errors import UserError
+from lowprec.fused.loss_head import put_loss
+from lowprec.testing import sqnr_db, tiny_model
+from lowprec.train.compile import compile_layers, compile_seconds
+from lowprec.train.step import loss_sum
+from tests.fused.test_loss_head import batch
+
+
+@pytest.mark.parametrize("policy", ["none", "full"])
+def test_compiled_layers_keep_their_numbers(policy):
+    results = []
+    for compiled in (False, True):
+        model = tiny_model("llama", use_cache=False)
+        put_loss(model)
+        keep_activations(model.train(), policy)
+        before = compile_seconds()
+        assert not compiled or compile_layers(model, backend="eager") == 2
+        loss = loss_sum(model, batch())
+        loss.backward()
+        assert (compile_seconds() > before) is compiled
+        results.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (expected, gradient), (loss, mine) = results
+    torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
+    assert sqnr_db(gradient, mine) > 90
+
+
+def test_what_does_not_go_together_is_refused():
+    with pytest.raises(UserError, match="no layers"):
+        compile_layers(nn.Linear(2, 2))
+    common = ["model.model_name_or_path=x", "data.path=y", "train.torch_compile=true"]
+    with pytest.raises(UserError, match="gradient_checkpointing=offload"):
+        resolve("lora", [*common, "train.gradient_checkpointing=offload"])
+    with pytest.raises(UserError, match="packing"):
+        resolve("lora", [*common, "data.packing=true"])
+
+
+@pytest.mark.parametrize(
+    ("given", "policy"), [("true", "full"), ("false", "none"), ("selective", "selective"), ("auto", "auto")]
+)
+def test_policies_and_their_old_spelling(given, policy):
+    common = ["model.model_name_or_path=x", "data.path=y"]
+    recipe = resolve("lora", [*common, f"train.gradient_checkpointing={given}"])[0]
+    assert recipe.train.gradient_checkpointing == policy
+    assert f"gradient_checkpointing: {policy}" in recipe.to_yaml()
+    with pytest.raises(UserError, match="none, full, selective, offload, auto"):
+        resolve("lora", [*common, "train.gradient_checkpointing=some"])
