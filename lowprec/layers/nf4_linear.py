@@ -22,8 +22,8 @@ from lowprec.layers.eight_bit import Codes, SharedInput, error_codes, input_grad
 from lowprec.layers.products import Plan
 from lowprec.ops import decode_nf4, quantize_columns, quantize_rows
 
-GENERATION_TOKENS = 16
-"""Up to this many rows of X, without a gradient, on a GPU: bitsandbytes' kernel that reads the packed weight itself."""
+FEW_TOKENS = 16
+"""Up to this many rows of X on a GPU, as in generation, bitsandbytes' product reads the packed weight itself."""
 
 
 class NF4Linear(bnb.nn.Linear4bit):
@@ -95,17 +95,15 @@ class NF4Linear(bnb.nn.Linear4bit):
         ``eval`` mode, and from then on no gradient passes the layer; it stores a trained fp32 bias back in the dtype of
         ``x``; and on a processor it decodes wrongly where a row is no whole number of blocks.
         """
-        flat = x.to(self.compute_dtype).reshape(-1, self.in_features)
-        if flat.shape[0] <= GENERATION_TOKENS and x.device.type == "cuda" and not torch.is_grad_enabled():
-            y = bnb.matmul_4bit(flat, self.weight, quant_state=self.weight.quant_state)  # type: ignore[attr-defined]
-            y = y if self.bias is None else y + self.bias.to(y.dtype)
-        else:
-            y = _Product.apply(flat, self.bias, self)
+        y = _Product.apply(x.to(self.compute_dtype).reshape(-1, self.in_features), self.bias, self)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
     def base_product(self, inputs: SharedInput, bias: torch.Tensor | None) -> torch.Tensor:
         """Y = X W^T + b, ``[tokens, out]`` in the dtype of X, without autograd."""
         x, plan = inputs.x, self.plan
+        if x.device.type == "cuda" and x.shape[0] <= FEW_TOKENS:
+            y = bnb.matmul_4bit(x, self.weight, quant_state=self.weight.quant_state)  # type: ignore[attr-defined]
+            return y if bias is None else y.add_(bias)
         dtype = x.dtype if plan is None else plan.dtype
         with decode_buffer(x.device).lend((self.out_features, self.in_features), dtype) as w:
             if plan is None:
