@@ -94,14 +94,59 @@ def test_every_optimizer_learns(optimizer, arguments, tmp_path):
 
 def test_packing_trains_with_the_same_tokens(arguments, tmp_path):
     run("full", arguments("data.packing=true", "data.max_length=256", "train.max_steps=2"))
+    assert len(read_metrics(tmp_path / "run")) == 4
     assert read_report(tmp_path / "run")["data"]["padding_share"] < 0.5
 
 
-def test_checkpointing_changes_no_number(arguments, tmp_path):
-    for name, value in (("with", "true"), ("without", "false")):
-        run("full", arguments(f"train.gradient_checkpointing={value}", output=name))
-    losses = [[r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("with", "without")]
-    assert losses[0] == losses[1]
+def test_activation_policies_change_no_number(arguments, tmp_path):
+    """Nor does resuming under another policy."""
+    policies = ("none", "full", "selective", "offload", "auto")
+    losses = {}
+    for policy in policies:
+        run("full", arguments(f"train.gradient_checkpointing={policy}", "train.save_steps=3", output=policy))
+        losses[policy] = [r["loss"] for r in read_metrics(tmp_path / policy) if "loss" in r]
+        facts = read_report(tmp_path / policy)["activations"]
+        assert facts["policy"] == (policy if policy != "auto" else "none") and facts["why"]
+        assert ("kept" in facts) is (policy == "selective")
+    assert all(losses[policy] == losses["none"] for policy in policies)
+    again = f'train.resume_from_checkpoint="{tmp_path / "offload" / "checkpoints" / "step-3"}"'
+    _, printed = run("full", arguments("train.gradient_checkpointing=selective", again, output="resumed"))
+    assert [r["loss"] for r in read_metrics(tmp_path / "resumed") if "loss" in r] == losses["none"][3:]
+    assert "gradient_checkpointing was" not in printed
+
+
+def test_the_report_lists_the_fused_parts(arguments, tmp_path):
+    _, printed = run("lora", arguments("train.max_steps=1"))
+    fused = read_report(tmp_path / "run")["wrap"]["fused"]
+    assert {row["part"]: bool(row["reason"]) for row in fused} == {
+        "norm": True,
+        "mlp": True,
+        "rope": True,
+        "loss": False,
+    }
+    assert "Liger's kernels run on CUDA devices" in " ".join(printed.split())
+    run("lora", arguments("train.max_steps=1", "train.use_liger_kernel=false", output="off"))
+    reasons = {row["reason"] for row in read_report(tmp_path / "off")["wrap"]["fused"]}
+    assert reasons == {"", "train.use_liger_kernel=false"}
+
+
+def test_no_step_and_no_evaluation_holds_the_logits(arguments, tmp_path, monkeypatch):
+    """The plain path's losses, although that path, which shifts the labels beside all logits, is never taken."""
+    save_tiny(tmp_path / "model", "llama")
+    model = f'model.model_name_or_path="{tmp_path / "model"}"'
+    with monkeypatch.context() as patch:
+        patch.setattr("lowprec.fused.surgery.put_loss", lambda model: "not in this test")
+        run("full", arguments(model, output="plain"))
+
+    def refuse(labels):
+        raise AssertionError("the logits of all tokens were asked for")
+
+    monkeypatch.setattr("lowprec.train.step.shifted", refuse)
+    run("full", arguments(model, output="chunked"))
+    plain, chunked = (
+        [r.get("loss", r.get("eval_loss")) for r in read_metrics(tmp_path / name)] for name in ("plain", "chunked")
+    )
+    assert chunked == pytest.approx(plain, rel=1e-4)
 
 
 def test_accumulation_does_not_change_the_loss(arguments, tmp_path):
