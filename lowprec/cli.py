@@ -42,6 +42,16 @@ examples:
   lowprec doctor --quick --json
   lowprec doctor --measure --path /mnt/nvme      this machine's speed, for plans; 90 seconds
 """
+_PLAN_HELP = """
+examples:
+  lowprec plan lora model.model_name_or_path=meta-llama/Llama-3.1-8B
+  lowprec plan full model.model_name_or_path=./my_model --gpu "RTX 4060"
+  lowprec plan qlora_nf4 model.model_name_or_path=./my_model data.max_length=4096 --vram 8GiB --json
+
+Nothing but the model's config.json is read. The rates are those that lowprec doctor --measure found on this machine,
+or a named card's.
+exit codes: 0 it fits or nothing is known of the memory, 3 it does not fit, 1 an error, 2 wrong usage
+"""
 _PROFILE_HELP = """
 examples:
   lowprec profile lora data.path=chats.jsonl model.model_name_or_path=./my_model
@@ -68,6 +78,9 @@ examples:
   eval "$(lowprec completion bash)"
   lowprec completion zsh >> ~/.zshrc
 """
+
+
+EXIT_DOES_NOT_FIT = 3
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -112,6 +125,13 @@ def _parser() -> argparse.ArgumentParser:
     train.add_argument("recipe", help="a shipped recipe (lowprec recipes ls), or the path of a YAML file")
     train.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
     train.add_argument("-m", "--multirun", action="store_true", help="run every combination of key=a,b one by one")
+
+    plan = verb("plan", _plan, "Predict what a recipe takes, and what would fit, before it runs.", _PLAN_HELP)
+    plan.add_argument("recipe", help="a shipped recipe (lowprec recipes ls), or the path of a YAML file")
+    plan.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+    plan.add_argument("--vram", metavar="8GiB", help="device memory that there is; by default the card's")
+    plan.add_argument("--gpu", metavar="NAME", help='a named card, such as "RTX 4060"; by default this machine')
+    plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     profile = verb("profile", _profile, "Measure a recipe's steps: time, memory, kernels, energy.", _PROFILE_HELP)
     profile.add_argument("recipe", nargs="?", help="a shipped recipe, or the path of a YAML file")
@@ -208,6 +228,20 @@ def _profile(options: argparse.Namespace) -> int:
             console.print(f"[yellow]Note:[/] {_escape(message)}", highlight=False)
         profile_recipe(recipe, console)
     return 0
+
+
+def _plan(options: argparse.Namespace) -> int:
+    console = Console()
+    _quiet_libraries(console)
+    with Console(stderr=True).status("Tracing one step without data"):
+        from lowprec.plan import plan
+
+        result = plan(options.recipe, options.overrides, vram=options.vram, gpu=options.gpu)
+    if options.json:
+        print(json.dumps(result.to_dict(), indent=1))
+    else:
+        result.render(console)
+    return EXIT_DOES_NOT_FIT if result.fits is False else 0
 
 
 def _recipes(options: argparse.Namespace) -> int:

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.checkpoint import checkpoint
 
 from lowprec.activations import keep_activations
-from lowprec.activations.offload import Offload, _Input
+from lowprec.activations.offload import Offload
 from lowprec.activations.selective import Cost, Selective, choose
 from lowprec.machine import Machine
 from lowprec.plan.operators import products_of
@@ -31,16 +31,17 @@ def keep_activations_like(policy: str, model: nn.Module, machine: Machine) -> No
 
 
 class OffloadWithoutData(Offload):
-    """The copies in host memory are on ``meta``, which the tracker does not count."""
+    """What is sent is only remembered by its shape."""
 
-    def _send(self, entry: _Input) -> None:
+    def _send(self, entry: Any) -> None:
         if entry.resident is not None:
-            entry.host = torch.empty_like(entry.resident, device="meta")
+            entry.host = entry.resident.shape, entry.resident.dtype
             self.sent_bytes += entry.resident.nbytes
             entry.resident = None
 
-    def _copy(self, source: Tensor, target: Tensor, on_device: Tensor) -> None:
-        pass
+    def _fetch(self, entry: Any) -> None:
+        shape, dtype = entry.host
+        entry.resident = torch.empty(shape, dtype=dtype)
 
 
 class SelectiveWithoutData(Selective):

@@ -1,9 +1,9 @@
 """How much device memory PyTorch's caching allocator reserves for a sequence of allocations.
 
-The rules and constants are those of c10/cuda/CUDACachingAllocator.cpp. Blocks are multiples of 512 bytes, found by best
-fit. Without expandable segments, memory is taken in segments of 2 MiB (blocks up to 1 MiB), 20 MiB (up to 10 MiB) or the
-block rounded up to 2 MiB, which are split; with them, one range of addresses for small and one for large blocks grows
-by pages of 2 MiB and 20 MiB, so that only holes between living blocks are lost.
+The rules and constants are those of c10/cuda/CUDACachingAllocator.cpp. Blocks are multiples of 512 bytes, found by
+best fit. Without expandable segments, memory is taken in segments of 2 MiB (blocks up to 1 MiB), 20 MiB (up to 10 MiB)
+or the block rounded up to 2 MiB, which are split; with them, one range of addresses for small and one for large blocks
+grows by pages of 2 MiB and 20 MiB, so that only holes between living blocks are lost.
 """
 
 from bisect import bisect_left, insort

@@ -1,5 +1,5 @@
-"""Stand-ins for CUDA on a machine without it: tensors without data that are said to be on the processor, and the choices
-that PyTorch would make for a GPU where it makes others for a processor.
+"""Stand-ins for CUDA on a machine without it: tensors without data that are said to be on the processor, and the
+choices that PyTorch would make for a GPU where it makes others for a processor.
 
 Tensors without data cannot be on ``cuda`` in a build without CUDA (autograd asks the device's driver for a stream), so
 they are on ``cpu``. Operators are the same on both but for those that ``LikeCuda`` replaces.
@@ -70,14 +70,14 @@ class LikeCuda(TorchFunctionMode):
         scale: float | None = None,
         enable_gqa: bool = False,
     ) -> torch.Tensor:
-        """As ``sdp_utils.cpp`` chooses: flash attention for 16 bits without a mask, else the memory-efficient kernel."""
+        """As ``sdp_utils.cpp`` chooses: flash attention for 16 bits without a mask, else the memory-efficient one."""
         if torch.is_autocast_enabled("cpu"):
             dtype = torch.get_autocast_dtype("cpu")
             query, key, value = query.to(dtype), key.to(dtype), value.to(dtype)
         width = query.shape[-1]
-        if attn_mask is None and query.element_size() == 2 and width <= FLASH_HEAD:
-            if self._capability >= FLASH_CAPABILITY:
-                return _flash(query, key, value, dropout_p, is_causal, scale)
+        narrow = attn_mask is None and query.element_size() == 2 and width <= FLASH_HEAD
+        if narrow and self._capability >= FLASH_CAPABILITY:
+            return _flash(query, key, value, dropout_p, is_causal, scale)
         if enable_gqa and key.shape[1] != query.shape[1]:  # only the plain products know grouped heads then
             key, value = (t.repeat_interleave(query.shape[1] // t.shape[1], 1) for t in (key, value))
             scores = query @ key.transpose(-1, -2) * (scale or width**-0.5)

@@ -16,6 +16,8 @@ CUBLAS_WORKSPACE_OTHER = (4096 * 2 + 16 * 8) * 1024
 CUBLAS_HANDLES = 2
 """One for the thread of forward, one for autograd's; each keeps its workspace from PyTorch's allocator."""
 
+GRADIENT = ".grad"
+
 
 @dataclass
 class Followed:
@@ -67,13 +69,16 @@ class Followed:
     def _lay_out(self) -> None:
         stays = [(self.layer_of(name), name, tensor, 0) for name, tensor in all_tensors(self.model)]
         stays += [(self.layer_of(name), name, None, nbytes) for name, nbytes in self.states]  # type: ignore[misc]
+        gradients = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
+        stays += [(self.layer_of(name), GRADIENT, gradient, 0) for name, gradient in gradients]
         for layer, name, tensor, nbytes in sorted(stays, key=lambda entry: -1 if entry[0] is None else entry[0]):
             if self.tracker.tape.runs[-1].layer != layer:
                 self.begin(STILL, layer)
             if tensor is None:
                 self.tracker.reserve(nbytes, "optimizer")
             else:
-                self.tracker.hold(tensor, "adapters" if is_adapter(name) else "weights")
+                kind = "gradients" if name == GRADIENT else "adapters" if is_adapter(name) else "weights"
+                self.tracker.hold(tensor, kind)
         self.begin(STILL)
         for _ in range(CUBLAS_HANDLES):
             self.tracker.reserve(CUBLAS_WORKSPACE.get(self.capability[0], CUBLAS_WORKSPACE_OTHER), "workspace")

@@ -59,7 +59,7 @@ def _with_stand_in(kind: Any, in_place: bool) -> FunctionType:
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps X, W and one fp32 a row; backward makes E_X (zeros first) and one fp32 partial sum of G a multiprocessor."""
+    """Keeps X, W and one fp32 a row; backward makes E_X (zeros first) and a partial sum of G for a multiprocessor."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, sm_count: int) -> Tensor:

@@ -34,7 +34,8 @@ def build_model(recipe: Recipe, config: Any, machine: Machine) -> tuple[Any, Wra
     """What ``lowprec.train.loop`` makes of a loaded model. Call it under ``no_data()``.
 
     Returns:
-        The model, the report on its linear layers, and how many parameters it was loaded with outside and in its layers.
+        The model, the report on its linear layers, and how many parameters it was loaded with outside its layers and in
+        them.
 
     Raises:
         UserError: as training would, such as a scheme that converts no layer.
@@ -51,7 +52,9 @@ def build_model(recipe: Recipe, config: Any, machine: Machine) -> tuple[Any, Wra
     # A packed row is taken as one sample, which takes the same memory and no less time.
     attend_without_masks(model, recipe.data.max_length + recipe.train.sample_max_new_tokens)
     frozen = recipe.choice("adapter") != "none"
-    report = wrap(model, without_data(recipe.weights), frozen=frozen, use_liger_kernel=False)  # type: ignore[arg-type]
+    rules: Any = {name: without_data(scheme) for name, scheme in recipe.wrap.schemes(recipe.weights).items()}
+    weights: Any = without_data(recipe.weights)
+    report = wrap(model, weights, rules=rules, frozen=frozen, use_liger_kernel=False)
     if recipe.train.use_liger_kernel and (machine.capability or (0, 0)) >= (8, 0):
         put_liger_like(model, machine.sm_count)
     model = recipe.adapter.attach(model)

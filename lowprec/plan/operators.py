@@ -65,6 +65,7 @@ _PRODUCTS: dict[Any, Callable] = {
     aten.mm: lambda args, outputs: _mm(args[0], args[1]),
     aten.bmm: lambda args, outputs: _mm(args[0], args[1]),
     aten.addmm: lambda args, outputs: _mm(args[1], args[2]),
+    aten.addmm_: lambda args, outputs: _mm(args[1], args[2]),
     aten.baddbmm: lambda args, outputs: _mm(args[1], args[2]),
     aten._scaled_mm: lambda args, outputs: _mm(args[0], args[1]),
     aten._scaled_dot_product_flash_attention: _attention(2, 0),
@@ -86,7 +87,7 @@ def _flash_backward(args: Sequence[Any], kwargs: dict) -> int:
 
 def _decoded(args: Sequence[Any], kwargs: dict) -> int:
     """bitsandbytes decodes the weight, and its scales, before it multiplies more than a few tokens."""
-    activations, shape, absmax = args[0], args[2], args[3]
+    activations, shape = args[0], args[2]
     scales = kwargs.get("absmax_8bit", args[7] if len(args) > 7 else None)
     return shape[0] * shape[1] * activations.element_size() + (0 if scales is None else 4 * scales.numel())
 

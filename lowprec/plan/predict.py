@@ -1,4 +1,4 @@
-"""``predict``: what a recipe will take on a machine, by a trace of one step; the ``Planner`` keeps what it has traced."""
+"""``predict``: what a recipe will take on a machine, by a trace of one step; a ``Planner`` keeps what it has traced."""
 
 import sys
 from dataclasses import dataclass, replace

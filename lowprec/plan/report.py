@@ -125,7 +125,7 @@ class Plan:
             energy = "" if p.energy_j is None else f", {p.energy_j:,.0f} J at the board's limit"
             source = "measured rates" if self.machine and self.machine.measured else "datasheet rates"
             lines.append(
-                f"{p.time.total_ms:,.0f} ms a step, {p.tokens_per_second:,.0f} tokens/s{energy} (predicted from {source})"
+                f"{p.time.total_ms:,.0f} ms a step, {p.tokens_per_second:,.0f} tokens/s{energy} (predicted, {source})"
             )
         if self.fits:
             lines.append(f"[bold green]It fits.[/]{self._room()}")

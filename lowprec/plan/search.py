@@ -28,41 +28,42 @@ class Advice:
 def largest(planner: Planner, recipe: Recipe, limit: float) -> tuple[int, int] | None:
     """(rows, length) of the largest micro-batch within ``limit`` bytes: the most rows of ``data.max_length``, or where
     one does not fit, the longest one. None where nothing does."""
-    length = recipe.data.max_length
-
-    def need_rows(rows: int) -> int:
-        return planner.predict(recipe, rows, length).total
-
-    def need_length(steps: int) -> int:
-        return planner.predict(recipe, 1, steps * LENGTH_STEP).total
-
-    rows = _last_that_fits(need_rows, limit, MOST_ROWS)
-    if rows:
-        return rows, length
-    steps = _last_that_fits(need_length, limit, max(length // LENGTH_STEP, 1))
+    length, rows = recipe.data.max_length, recipe.train.per_device_train_batch_size
+    found = last_that_fits(lambda count: planner.predict(recipe, count, length).total, limit, rows, MOST_ROWS)
+    if found:
+        return found, length
+    most = max(length // LENGTH_STEP, 1)
+    steps = last_that_fits(lambda count: planner.predict(recipe, 1, count * LENGTH_STEP).total, limit, most, most)
     return (1, steps * LENGTH_STEP) if steps else None
 
 
-def _last_that_fits(need: Callable[[int], int], limit: float, most: int) -> int:
-    """The largest count up to ``most`` whose need is within the limit, 0 for none. Needs rise almost along a line."""
+def last_that_fits(need: Callable[[int], int], limit: float, start: int, most: int) -> int:
+    """The largest count up to ``most`` whose need is within the limit, 0 for none.
+
+    Needs rise almost along a line, so the line through the two counts nearest to the limit says where to look. What
+    it says of a count next to one that was tried is believed, where it leaves a hundredth of a step to spare.
+    """
+    known = {start: need(start)}
     fits, fails = 0, most + 1
-    known: dict[int, int] = {}
-    guess = 1
-    while fails - fits > 1:
+    guess = start
+    while True:
+        if known[guess] <= limit:
+            fits = max(fits, guess)
+        else:
+            fails = min(fails, guess)
+        if fails - fits <= 1:
+            return fits
+        if len(known) == 1:
+            guess = max(start // 2, 1) if start > 1 else 2
+        else:
+            first, second = sorted(known, key=lambda count: abs(known[count] - limit))[:2]
+            slope = max((known[second] - known[first]) / (second - first), 1.0)
+            reach = (limit - known[first]) / slope
+            if first == fits and 0 <= reach < 0.99:
+                return fits
+            guess = first + int(reach // 1)
         guess = min(max(guess, fits + 1), fails - 1)
         known[guess] = need(guess)
-        if known[guess] <= limit:
-            fits = guess
-        else:
-            fails = guess
-        first, second = sorted(known, key=lambda count: abs(known[count] - limit))[:2] if len(known) > 1 else (guess, 0)
-        if second == 0:
-            guess = 2
-        else:
-            slope = max((known[second] - known[first]) / (second - first), 1.0)
-            guess = first + int((limit - known[first]) // slope)
-            guess += guess == fits  # the next one up decides
-    return fits
 
 
 def advice(planner: Planner, name: str, overrides: list[str], recipe: Recipe, limit: float) -> list[Advice]:
@@ -83,7 +84,8 @@ def advice(planner: Planner, name: str, overrides: list[str], recipe: Recipe, li
 
 def _changes(recipe: Recipe) -> list[tuple[str, Any, str]]:
     """(key, value, what goes with it) that might save memory."""
-    train, found = recipe.train, []
+    train = recipe.train
+    found: list[tuple[str, Any, str]] = []
     policies = ["none", "selective", "full", "offload"]
     policy = train.gradient_checkpointing
     lighter = policies[policies.index(policy) + 1 :] if policy in policies else []

@@ -84,18 +84,22 @@ class TracedRecipe:
     @property
     def offloaded_bytes(self) -> int:
         """What one micro-batch of the last trace sent to the host."""
-        return sum(function.sent_bytes for function in self._offloads) // min(
-            self.recipe.train.gradient_accumulation_steps, 2
-        )
+        return sum(function.sent_bytes for function in self._offloads)
 
     def trace(self, rows: int, length: int) -> Tape:
-        """The second optimizer step (the first one makes the states), with micro-batches of ``rows`` rows of ``length``
-        tokens, none of them padding and all of them trained."""
+        """The last micro-batch and the update of the second optimizer step (the first one makes the states).
+
+        Args:
+            rows, length: of the micro-batch; no token is padding, and all of them are trained.
+        """
         for function in self._offloads:
             function.sent_bytes = 0
         try:
             with self._without_data():
                 lend_once(self.model)
+                if self.recipe.train.gradient_accumulation_steps > 1:  # those of the micro-batches before
+                    for parameter in self._parameters:
+                        parameter.grad = torch.empty_like(parameter)
                 return self.followed.follow(lambda: self._step(rows, length))
         finally:
             release_decode_buffers()  # it has no data, and belongs to the whole process
@@ -107,9 +111,7 @@ class TracedRecipe:
             optimizer.grad_norm = torch.zeros(())
         accelerator: Any = _Accelerator(self.followed)
         step = TrainStep(self.model, optimizer, SimpleNamespace(step=lambda: None), accelerator, options.max_grad_norm)
-        # A third micro-batch is like the second.
-        inputs = [_inputs(rows, length) for _ in range(min(options.gradient_accumulation_steps, 2))]
-        batch: Any = SimpleNamespace(micro_batches=inputs, num_trained_tokens_global=rows * length)
+        batch: Any = SimpleNamespace(micro_batches=[_inputs(rows, length)], num_trained_tokens_global=rows * length)
         step(batch, stop=False)
 
 

@@ -1,10 +1,10 @@
 """What a traced step leaves: when storages came and went and what was computed, layer by layer; and the same for a
 model of more layers.
 
-A decoder repeats one layer, so a step of a model of ``TEMPLATE_LAYERS`` layers says all about one of any depth: its first
-two and its last two layers are played as they are, the one between as often as it takes. What lies outside the layers is
-played once. A storage is found again as "number ``ordinal`` that this visit of that layer allocated"; where the layers
-turn out not to be alike, ``Tape.stretched`` says so and the caller traces all of them.
+A decoder repeats one layer, so a step of a model of ``TEMPLATE_LAYERS`` layers says all about one of any depth: its
+first two and its last two layers are played as they are, the one between as often as it takes. What lies outside the
+layers is played once. A storage is found again as "number ``ordinal`` that this visit of that layer allocated"; where
+the layers turn out not to be alike, ``Tape.stretched`` says so and the caller traces all of them.
 """
 
 from collections import Counter

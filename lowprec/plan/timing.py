@@ -55,16 +55,15 @@ def step_time(
     """The time of one optimizer step.
 
     Args:
-        tape: of one micro-batch, or of two, of which the second stands for all further ones.
+        tape: of one micro-batch and the update.
         update_bytes: that the optimizer reads and writes on the device.
         in_backward: whether transfers of states overlap with backward.
         offloaded_bytes: activations sent to the host by a micro-batch.
     """
-    traced = min(micro_batches, 2)
     known: dict[Product, float] = {}
     products = traffic = calls = 0.0
     for run in tape.runs:
-        times = 1 if run.phase == "update" else micro_batches / traced
+        times = 1 if run.phase == "update" else micro_batches
         for product, count in run.products.items():
             if product not in known:
                 known[product] = product_ms(machine, product)
@@ -81,8 +80,5 @@ def step_time(
     busy = max(device, host, sent)
     # Uploads, updates and downloads of chunks overlap with each other, and in backward with that.
     away = max(link, disk, update)
-    if states.step_to_device == 0:
-        total = busy + update
-    else:
-        total = max(busy, away) if in_backward else busy + away
+    total = max(busy, away) if in_backward and states.step_to_device else busy + away
     return StepTime(products, traffic, host, update, link + 2 * sent, disk, total)

@@ -1,11 +1,11 @@
 """Follows a real step or a traced one, operator by operator: which storages are alive, what is multiplied and moved.
 
-The method is that of ``torch.distributed._tools.mem_tracker`` (weak references to storages below a dispatch mode), which
-keeps peaks where this keeps the events themselves.
+The method is that of ``torch.distributed._tools.mem_tracker`` (weak references to storages below a dispatch mode), but
+the events themselves are kept, not only peaks.
 """
 
 import weakref
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from typing import Any
 
@@ -21,6 +21,7 @@ STILL = "model"
 """Before the step: what is there already."""
 
 
+_ASKS_DEVICE = torch.ops.prim.device.default
 _NO_KERNEL = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided}
 
 
@@ -40,12 +41,13 @@ class Tracker(TorchDispatchMode):
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
         out = func(*args, **kwargs)
+        if func is _ASKS_DEVICE:  # half of all calls
+            return out
         inputs, outputs = list(_tensors(args)), list(_tensors(out))
         if kwargs:
             inputs += _tensors(tuple(kwargs.values()))
         for tensor in outputs:
-            if tensor.device.type != "meta":  # what lies elsewhere takes no device memory
-                self._meet(tensor)
+            self._meet(tensor)
         if not func.is_view and func.overloadpacket not in _NO_KERNEL and (outputs or func._schema.is_mutable):
             self._count(func, args, kwargs, inputs, outputs)
         return out
@@ -66,8 +68,7 @@ class Tracker(TorchDispatchMode):
 
     def hold(self, tensor: torch.Tensor, kind: str) -> None:
         """Say what a storage is, whether it has been met or not."""
-        if tensor.device.type != "meta":
-            self.tape.kinds[self._meet(tensor)] = kind
+        self.tape.kinds[self._meet(tensor)] = kind
 
     def reserve(self, nbytes: int, kind: str) -> None:
         """Something that stays and is no tensor of the trace."""
@@ -90,7 +91,7 @@ class Tracker(TorchDispatchMode):
             kind = "logits" if logits else "activations" if self.keeps else "workspace"
             number = self._new(storage.nbytes(), kind)
             self._number[place] = number
-            self._references[number] = weakref.ref(storage, lambda _, n=number, p=place: self._gone(n, p))
+            self._references[number] = weakref.ref(storage, self._gone(number, place))
             self.tape.runs[-1].events.append(2 * number)
         return number
 
@@ -99,11 +100,14 @@ class Tracker(TorchDispatchMode):
         self.tape.kinds.append(kind)
         return len(self.tape.sizes) - 1
 
-    def _gone(self, number: int, place: int) -> None:
-        del self._references[number]
-        if self._number.get(place) == number:
-            del self._number[place]
-        self.tape.runs[-1].events.append(2 * number + 1)
+    def _gone(self, number: int, place: int) -> Callable[[weakref.ref], None]:
+        def note(reference: weakref.ref) -> None:
+            del self._references[number]
+            if self._number.get(place) == number:
+                del self._number[place]
+            self.tape.runs[-1].events.append(2 * number + 1)
+
+        return note
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

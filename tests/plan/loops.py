@@ -1,0 +1,74 @@
+"""Plain training loops over a model, traced without data or followed as they really run."""
+
+from collections.abc import Callable
+from contextlib import ExitStack
+from typing import Any
+
+import torch
+from torch import nn
+from transformers import AutoModelForCausalLM
+
+from lowprec.plan.cuda_like import LikeCuda, no_data
+from lowprec.plan.follow import Followed
+from lowprec.plan.tape import Tape
+from lowprec.plan.tracker import BACKWARD, FORWARD, UPDATE
+
+
+def traced(
+    config: Any,
+    rows: int,
+    length: int,
+    *,
+    dtype: torch.dtype = torch.float32,
+    prepare: Callable[[Any], Any] = lambda model: model,
+    state_bytes: Callable[[nn.Parameter], list[int]] = lambda parameter: [],
+    frees_gradients: bool = False,
+    real: bool = False,
+    like_cuda: bool = False,
+) -> Tape:
+    """One step of ``model(input_ids, labels).loss.backward()``: without data, or with ``real`` as it runs."""
+    with ExitStack() as stack:
+        if not real:
+            stack.enter_context(no_data())
+        if like_cuda:
+            stack.enter_context(LikeCuda((9, 0)))
+        stack.enter_context(torch.autograd.set_multithreading_enabled(False))
+        model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype)).train()
+        model.config.use_cache = False
+        states = [(name, n) for name, p in model.named_parameters() if p.requires_grad for n in state_bytes(p)]
+        followed = Followed(model, config.num_hidden_layers, config.vocab_size, states, (9, 0))
+        if frees_gradients:
+            for parameter in model.parameters():
+                parameter.register_post_accumulate_grad_hook(_free)
+        return followed.follow(lambda: _step(followed, rows, length))
+
+
+def _step(followed: Followed, rows: int, length: int) -> None:
+    ids = torch.zeros(rows, length, dtype=torch.int64)
+    followed.begin(FORWARD)
+    loss = followed.model(input_ids=ids, labels=ids).loss
+    followed.begin(BACKWARD)
+    loss.backward()
+    followed.begin(UPDATE)
+    for parameter in followed.model.parameters():
+        parameter.grad = None
+
+
+def _free(parameter: torch.Tensor) -> None:
+    parameter.grad = None
+
+
+def with_lora(model: Any) -> Any:
+    """PEFT's own LoRA of rank 16 on all linear layers, in the model's dtype, with full checkpointing."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(model, LoraConfig(r=16, target_modules="all-linear", task_type="CAUSAL_LM"))
+    model.enable_input_require_grads()
+    return with_checkpointing(model)
+
+
+def with_checkpointing(model: Any) -> Any:
+    from lowprec.activations import keep_activations
+
+    keep_activations(model, "full")
+    return model

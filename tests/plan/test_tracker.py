@@ -1,0 +1,79 @@
+"""A trace without data has the events of the step as it really runs."""
+
+import pytest
+import torch
+from torch import nn
+
+from lowprec.plan.ledger import peak_of
+from lowprec.plan.tape import Tape
+from lowprec.plan.tracker import Tracker
+from lowprec.testing import tiny_model
+from tests.plan.loops import traced, with_checkpointing, with_lora
+
+
+def config_of(arch: str):
+    return tiny_model(arch).config
+
+
+def steps(tape: Tape) -> list[tuple[str, int | None, list[tuple[int, int]]]]:
+    """What came (+1) and went (-1), with bytes, in every layer. (Before them transformers makes masks otherwise where
+    it finds itself traced.)"""
+    return [
+        (run.phase, run.layer, [(1 - 2 * (event & 1), tape.sizes[event >> 1]) for event in run.events])
+        for run in tape.runs
+        if run.phase != "model" and run.layer is not None
+    ]
+
+
+@pytest.mark.parametrize("arch", ["llama", "gpt2", "gemma"])
+@pytest.mark.parametrize("prepare", [lambda m: m, with_checkpointing, with_lora], ids=["full", "checkpointed", "lora"])
+def test_a_trace_is_the_real_step(arch, prepare):
+    config = config_of(arch)
+    config._attn_implementation = "eager"  # the same operators with and without data
+    for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
+        if hasattr(config, name):
+            setattr(config, name, 0.0)
+    trace, real = (traced(config, 2, 24, prepare=prepare, real=real) for real in (False, True))
+    assert peak_of(trace).by_phase == peak_of(real).by_phase
+    assert peak_of(trace) == peak_of(real)
+    assert steps(trace) == steps(real)
+    products = [run.products for run in trace.runs]
+    assert products == [run.products for run in real.runs]
+    assert len(steps(real)) == 4
+    assert sum(map(len, products)) > 0
+
+
+def test_storages_are_counted_once_and_until_they_are_freed():
+    tracker = Tracker()
+    with tracker:
+        x = torch.ones(256)
+        view = x[:10]
+        y = view * 2
+        del x
+        tracker.tape.begin("later")
+        del view
+    (first, second) = tracker.tape.runs
+    assert [tracker.tape.sizes[e >> 1] for e in first.events] == [1024, 40]
+    assert second.events == [1]  # the first storage went, when its view did
+    assert y.sum() == 20
+
+
+def test_gradients_and_logits_are_named():
+    config = config_of("llama")
+    tape = traced(config, 2, 24)
+    sizes = dict.fromkeys(set(tape.kinds), 0)
+    for size, kind in zip(tape.sizes, tape.kinds, strict=True):
+        sizes[kind] += size
+    parameters = sum(p.numel() for p in tiny_model("llama").parameters())
+    assert sizes["weights"] >= 4 * parameters
+    assert sizes["gradients"] == 4 * parameters
+    assert sizes["logits"] >= 3 * 4 * 2 * 24 * config.vocab_size
+
+
+def test_products_are_counted_with_their_shapes():
+    layer = nn.Linear(32, 48, bias=False)
+    tracker = Tracker()
+    with tracker:
+        layer(torch.ones(8, 32)).sum().backward()
+    shapes = {(p.m, p.n, p.k): count for run in tracker.tape.runs for p, count in run.products.items()}
+    assert shapes == {(8, 48, 32): 1, (48, 32, 8): 1}
