@@ -22,6 +22,7 @@ from lowprec.data import Data
 from lowprec.errors import UserError
 from lowprec.model import Model
 from lowprec.option import option_names
+from lowprec.prepare import Wrap
 from lowprec.profiling.options import Profile
 from lowprec.recipes import SHIPPED, shipped_recipes
 from lowprec.train.options import Train
@@ -50,6 +51,7 @@ class Recipe:
     model: Model = field(default_factory=Model)
     data: Data = field(default_factory=Data)
     weights: Any = MISSING
+    wrap: Wrap = field(default_factory=Wrap)
     adapter: Any = MISSING
     optimizer: Any = MISSING
     state_store: Any = MISSING
@@ -203,9 +205,14 @@ def _build(config: DictConfig) -> Recipe:
 def _check(recipe: Recipe) -> Recipe:
     """Contradictions between groups, found before any weight is loaded. Each message names the key that mends it."""
     weights, adapter, train, data = recipe.choice("weights"), recipe.choice("adapter"), recipe.train, recipe.data
-    if weights == "nf4" and adapter == "none":
+    rules = recipe.wrap.schemes(recipe.weights)
+    if adapter == "none" and (weights == "nf4" or any(scheme.option_name == "nf4" for scheme in rules.values())):
+        key = "weights=nf4" if weights == "nf4" else "nf4 in wrap.rules"
+        raise UserError(f"{key} stores the base in 4 bits, which cannot be trained: add adapter=lora, or choose bf16.")
+    if recipe.wrap.calibration_samples and not any(hasattr(s, "choose") for s in (recipe.weights, *rules.values())):
         raise UserError(
-            "weights=nf4 stores the base in 4 bits, which cannot be trained: add adapter=lora, or weights=bf16."
+            f"wrap.calibration_samples={recipe.wrap.calibration_samples} has no effect with weights={weights}, which "
+            "chooses nothing by measurement: set weights=auto, or remove it."
         )
     if train.torch_compile and data.packing:
         raise UserError(

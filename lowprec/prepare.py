@@ -3,6 +3,7 @@
 import difflib
 import warnings
 from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import cast
 
@@ -31,6 +32,33 @@ LEFT_ALONE = {
 }
 """Last part of a module's name -> what it is. These stay 16-bit unless a rule names them: they are small or read the
 loss directly, and their noise is not averaged away."""
+
+
+@dataclass(kw_only=True, slots=True)
+class Wrap:
+    """The recipe's group ``wrap``: what ``wrap`` is told beside ``weights``."""
+
+    rules: list[str] = field(default_factory=list)
+    """``pattern:scheme``, such as ``*.o_proj:bf16``; the first whose pattern matches the whole module path decides."""
+    calibration_samples: int = 0
+    """Samples of the data on which schemes that choose by measurement (``auto``) judge their noise, in one pass of the
+    16-bit model on the device, which has to hold it. 0 takes normal numbers, which flatter every scheme."""
+
+    def __post_init__(self) -> None:
+        for rule in self.rules:
+            if ":" not in rule:
+                raise UserError(f"wrap.rules: '{rule}' names no scheme; write pattern:scheme, such as *.o_proj:bf16.")
+            as_scheme(rule.rpartition(":")[2])
+        if self.calibration_samples < 0:
+            raise UserError(f"wrap.calibration_samples={self.calibration_samples} must be 0 or more.")
+
+    def schemes(self, weights: "WeightScheme") -> "dict[str, WeightScheme]":
+        """The rules for ``wrap``; one that names the recipe's own scheme means it with the recipe's fields."""
+        found: dict[str, WeightScheme] = {}
+        for rule in self.rules:
+            pattern, _, name = rule.rpartition(":")
+            found.setdefault(pattern, weights if name == weights.option_name else as_scheme(name))
+        return found
 
 
 def wrap(

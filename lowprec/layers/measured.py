@@ -112,9 +112,13 @@ def record(model: nn.Module, linears: dict, calibration: Any) -> dict[str, tuple
     hooks = [modules[name].register_forward_hook(watch(name)) for name in linears]
     kept = {p: (p.grad, p.requires_grad) for p in model.parameters()}
     try:
+        entrance = getattr(model, "get_input_embeddings", lambda: None)()
         for p in model.parameters():
             p.grad = None
-            p.requires_grad_(p.is_floating_point())
+            # Errors of layers need no gradient of a weight, which would take as much memory as the model.
+            p.requires_grad_(p.is_floating_point() and entrance is None)
+        if entrance is not None:
+            hooks.append(entrance.register_forward_hook(lambda module, args, output: output.requires_grad_()))
         batch = dict(calibration)
         if "labels" not in batch and "input_ids" in batch:
             batch["labels"] = batch["input_ids"]

@@ -288,9 +288,9 @@ def _differences(
     base: Any = load_model(options, device=device) if loaded is None else loaded
     references = {"base + adapter": with_adapter(base.to(options.torch_dtype))}
     del base, loaded
-    if recipe is not None and recipe.choice("weights") != "bf16":
+    if recipe is not None and (recipe.choice("weights") != "bf16" or recipe.wrap.rules):
         trained = load_model(options)
-        wrap(trained, recipe.weights, frozen=True, device=device)
+        wrap(trained, recipe.weights, rules=recipe.wrap.schemes(recipe.weights), frozen=True, device=device)
         references[f"{recipe.choice('weights')} base + adapter, as trained"] = with_adapter(trained)
         del trained
     logits = logits_of(load_model(merged_options, device=device), ids)

@@ -26,6 +26,7 @@ from lowprec.profiling.probe import Probes
 from lowprec.report import dtypes, peak_memory
 from lowprec.run_folder import RunFolder, Status, read_report
 from lowprec.train.batch_size import find_batch_size, states_to_come
+from lowprec.train.calibration import calibration_batch
 from lowprec.train.clock import Mark
 from lowprec.train.compile import compile_layers, compile_seconds
 from lowprec.train.evaluation import answer, evaluate
@@ -161,9 +162,14 @@ class Run:
         self.console.print(self.data.summary)
         self.model = load_model(recipe.model)
         attend_without_masks(self.model, recipe.data.max_length + options.sample_max_new_tokens)
+        calibration = calibration_batch(recipe.wrap, self.data, self.tokenizer.pad_token_id, device)
+        if calibration is not None:
+            self.model.to(device)  # it runs once as it is
         layers = wrap(
             self.model,
             recipe.weights,
+            rules=recipe.wrap.schemes(recipe.weights),
+            calibration=calibration,
             frozen=recipe.choice("adapter") != "none",
             device=device,
             use_liger_kernel=options.use_liger_kernel,

@@ -16,6 +16,7 @@ _BINDING = (
     "model.model_name_or_path",
     "model.dtype",
     "weights",
+    "wrap.rules",
     "adapter",
     "optimizer.master",
     "optimizer.state_dtype",
