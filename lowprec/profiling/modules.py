@@ -16,7 +16,9 @@ class ModuleStack:
     """
 
     def __init__(self, model: nn.Module | None) -> None:
-        self._names = {} if model is None else {module: plain_name(name) for name, module in model.named_modules() if name}
+        self._names = (
+            {} if model is None else {module: plain_name(name) for name, module in model.named_modules() if name}
+        )
         self._forward: list[str] = []
         self._backward = ""
         self._recomputes = False

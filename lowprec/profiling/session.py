@@ -53,6 +53,7 @@ class Session:
         warmup_steps: left out of all figures.
         steps: timed.
         name: in the title of what is printed and drawn.
+        closely: whether the steps that are not timed follow.
     """
 
     def __init__(
@@ -65,6 +66,7 @@ class Session:
         warmup_steps: int = 3,
         steps: int = 20,
         name: str = "loop",
+        closely: bool = True,
     ) -> None:
         self.model, self.optimizer = model, getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
         self.device = _device(model, device)
@@ -85,7 +87,9 @@ class Session:
         self.ran_out_of_memory = False
         self.bad = False
         """Whether the loss or a gradient was not finite, where the loop says so."""
-        self._stages = [MEASURED] * steps + [MEMORY, KERNELS] + ([HISTORY] if self.device.type == "cuda" else [])
+        self._stages = [MEASURED] * steps
+        if closely:
+            self._stages += [MEMORY, KERNELS] + ([HISTORY] if self.device.type == "cuda" else [])
         self._host_s_before = 0.0
         self._watches = phases is None
         self._under_way: list[tuple[str, dict[str, float]]] = []
