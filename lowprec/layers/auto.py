@@ -4,7 +4,8 @@ machine.
 Times: forward and backward of one layer at ``tokens`` tokens, on the device that the weights are on. Noise: the output
 and both gradients of a calibration batch (inputs and errors of every layer, from one pass of the model), pooled, in dB
 against fp32 products. Without a calibration batch the inputs are normal numbers, which flatter every scheme; the report
-says so. Verdicts on time are kept in a file keyed by GPU, versions and shape.
+says so. Verdicts on time are kept in a file keyed by GPU, versions and shape. Where the machine was measured
+(``lowprec doctor --measure``), a scheme whose products alone would take longer than those in 16 bits is not timed.
 """
 
 import copy
@@ -17,9 +18,14 @@ from torch import nn
 from lowprec.errors import UserError
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Fp8Hadamard, Int8Hadamard
 from lowprec.layers.measured import layer_noise_db, milliseconds_of, normal_sample, record, remembered_times
+from lowprec.machine import Machine, this_machine
+from lowprec.ops.backends import FP8
 from lowprec.option import option
 
 CANDIDATES: tuple[type[EightBit], ...] = (Fp8, Fp8Hadamard, Int8Hadamard)
+KINDS = {torch.bfloat16: "bf16", torch.float16: "fp16", torch.float32: "fp32"}
+MARGIN = 1.1
+"""Predicted products must be slower by more than the predictor's error before their scheme is given up."""
 
 
 @option("weights", "auto")
@@ -74,12 +80,35 @@ class Auto:
         schemes = [scheme(cache=self.cache, layout=self.layout) for scheme in CANDIDATES]
         return [scheme for scheme in schemes if scheme.why_not(linear, frozen) is None]
 
+    def _worth_timing(self, linear: nn.Linear, frozen: bool) -> tuple[list[EightBit], list[tuple[EightBit, float]]]:
+        """The schemes that may be faster, and those that cannot be, with their products' time over that in 16 bits:
+        casts and rotations only add to it."""
+        schemes, machine = self._schemes(linear, frozen), profile_of(linear.weight.device)
+        out, into, kind = linear.out_features, linear.in_features, KINDS.get(linear.weight.dtype, "fp32")
+        shapes = [(self.tokens, out, into), (self.tokens, into, out), *([] if frozen else [(out, into, self.tokens)])]
+        worth, hopeless = [], []
+        for scheme in schemes:
+            eight = "fp8" if scheme.dtype == FP8 else "int8"
+            ratio = 0.0
+            if machine is not None and {kind, eight} <= machine.tflops.keys():
+                ratio = sum(machine.product_ms(eight, *s) for s in shapes)
+                ratio /= sum(machine.product_ms(kind, *s) for s in shapes)
+            if ratio > MARGIN:
+                hopeless.append((scheme, ratio))
+            else:
+                worth.append(scheme)
+        return worth, hopeless
+
     def _verdict(self, linear, frozen, times, sample) -> tuple[EightBit | None, str]:
         plain = times["bf16"]
-        schemes = sorted(self._schemes(linear, frozen), key=lambda scheme: times[scheme.option_name])
-        if not schemes:
+        candidates, hopeless = self._worth_timing(linear, frozen)
+        if not candidates and not hopeless:
             return None, Fp8().why_not(linear, frozen) or ""
-        notes = []
+        schemes = sorted(candidates, key=lambda scheme: times[scheme.option_name])
+        notes = [
+            f"{scheme.option_name}'s products alone take {ratio:.1f}x those in 16 bits by this machine's profile"
+            for scheme, ratio in hopeless
+        ]
         for scheme in schemes:
             took = times[scheme.option_name]
             if took >= plain:
@@ -99,12 +128,23 @@ class Auto:
         """Scheme -> ms of forward and backward, from the file of verdicts where it knows them."""
         shape = f"{linear.out_features}|{linear.in_features}|{linear.weight.dtype}"
 
+        candidates, _ = self._worth_timing(linear, frozen)
+
         def measure() -> dict[str, float]:
             ms = {"bf16": milliseconds_of(linear, self.tokens, frozen)}
-            for scheme in self._schemes(linear, frozen):
+            for scheme in candidates:
                 layer = scheme.convert(copy.deepcopy(linear), frozen)
                 ms[scheme.option_name] = milliseconds_of(layer, self.tokens, frozen)
             return ms
 
-        key = f"{shape}|{frozen}|{self.tokens}|{self.layout}|{self.cache}"
+        names = ",".join(scheme.option_name for scheme in candidates)
+        key = f"{shape}|{frozen}|{self.tokens}|{self.layout}|{self.cache}|{names}"
         return remembered_times(linear.weight.device, key, measure)
+
+
+def profile_of(device: torch.device) -> Machine | None:
+    """The measured profile, where it is that of the GPU ``device``."""
+    if device.type != "cuda":
+        return None
+    machine = this_machine()
+    return machine if machine is not None and machine.name == torch.cuda.get_device_name(device) else None

@@ -1,0 +1,60 @@
+"""``weights=auto``: what the machine's profile rules out is not timed."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from torch import nn
+
+from lowprec.layers import auto
+from lowprec.layers.auto import Auto
+from lowprec.machine import named_card
+
+
+@pytest.fixture
+def timed(monkeypatch, tmp_path) -> list[str]:
+    """The kinds of layers that were timed; 8-bit ones are twice as fast."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    seen: list[str] = []
+
+    def milliseconds_of(layer: nn.Linear, tokens: int, frozen: bool) -> float:
+        seen.append(type(layer).__name__)
+        return 2.0 if type(layer) is nn.Linear else 1.0
+
+    monkeypatch.setattr(auto, "milliseconds_of", milliseconds_of)
+    return seen
+
+
+def choose(profile, monkeypatch) -> tuple:
+    monkeypatch.setattr(auto, "profile_of", lambda device: profile)
+    linear = nn.Linear(256, 512, bias=False, dtype=torch.bfloat16)
+    model = nn.Sequential(linear)
+    return Auto(tokens=64).choose(model, {"0": (linear, True)}, None)["0"]
+
+
+def test_without_a_profile_every_scheme_is_timed(timed, monkeypatch):
+    scheme, reason = choose(None, monkeypatch)
+    assert len(timed) == 4 and scheme is not None and "2.00x bf16" in reason
+
+
+def test_products_that_are_slower_by_the_profile_are_not_timed(timed, monkeypatch):
+    card = named_card("H100")
+    slow_int8 = replace(card, tflops=card.tflops | {"int8": 1.0})
+    scheme, _ = choose(slow_int8, monkeypatch)
+    assert len(timed) == 3 and scheme is not None and scheme.option_name == "fp8"
+    timed.clear()
+    slow = replace(card, tflops=card.tflops | {"int8": 1.0, "fp8": 1.0})
+    scheme, reason = choose(slow, monkeypatch)
+    assert timed == ["Linear"] and scheme is None
+    assert "fp8's products alone take" in reason and "int8_hadamard's products alone take" in reason
+
+
+def test_a_verdict_kept_without_a_profile_does_not_miss_schemes_later(timed, monkeypatch):
+    card = named_card("H100")
+    choose(replace(card, tflops=card.tflops | {"int8": 1.0}), monkeypatch)
+    scheme, _ = choose(None, monkeypatch)
+    assert scheme is not None and len(timed) == 3 + 4
+
+
+def test_the_profile_of_another_device_says_nothing():
+    assert auto.profile_of(torch.device("cpu")) is None
