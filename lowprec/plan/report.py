@@ -41,7 +41,8 @@ class Plan:
         tbw = getattr(self.recipe.state_store, "drive_tbw", None)
         print_ = None
         if p.energy_j is not None and time is not None:
-            print_ = asdict(footprint(p.energy_j, time.total_ms / 3.6e6))
+            grid = self.recipe.train.grid_g_co2e_per_kwh
+            print_ = asdict(footprint(p.energy_j, time.total_ms / 3.6e6, grid))
         return {
             "recipe": self.recipe.name,
             "model": self.recipe.model.model_name_or_path,
