@@ -275,3 +275,8 @@ def test_libraries_are_tried_with_numbers(name):
 def test_measuring_asks_for_a_folder(capsys, tmp_path):
     assert main(["doctor", "--measure", "--path", str(tmp_path / "nowhere")]) == 1
     assert "not a folder" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("states", ["fp32", "int8"])
+def test_the_optimizers_trial_ends_in_the_same_bits_on_one_device(states):
+    assert kernels._adamw(torch.device("cpu"), states) == "inf dB from the reference"
