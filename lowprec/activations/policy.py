@@ -7,7 +7,7 @@ are such functions around PyTorch's checkpoint without re-entry, so none of them
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
@@ -16,6 +16,9 @@ from torch.utils.checkpoint import checkpoint
 from lowprec.activations.offload import Offload
 from lowprec.activations.selective import Selective
 from lowprec.errors import UserError
+
+if TYPE_CHECKING:
+    from lowprec.config import Recipe
 
 POLICIES = ("none", "full", "selective", "offload")
 
@@ -34,13 +37,35 @@ class Activations:
         return {"policy": self.policy, "why": self.why} | ({"kept": kept} if kept else {})
 
 
-def choose_policy(policy: str, device: torch.device) -> tuple[str, str]:
-    """The policy that a recipe's ``train.gradient_checkpointing`` stands for, and why."""
+def choose_policy(recipe: "Recipe", device: torch.device, config: Any = None) -> tuple[str, str]:
+    """The policy that a recipe's ``train.gradient_checkpointing`` stands for, and why.
+
+    ``auto`` is the first of none, selective, full and offload (the less is computed again, the faster) whose memory, as
+    ``lowprec plan`` predicts it, is free on the device. Call it before the model is there.
+
+    Args:
+        config: of the model, in the place of ``model.model_name_or_path``.
+    """
+    policy = recipe.train.gradient_checkpointing
     if policy != "auto":
         return policy, "as the recipe says"
     if device.type != "cuda":
         return "none", "auto: without a GPU memory is host memory, and computing again costs time"
-    return "full", "auto: the memory of this run is not predicted yet"
+    limits = [torch.cuda.mem_get_info(device)[0] / 2**30, recipe.profile.vram_limit_gib]
+    return fitting(recipe, min(limit for limit in limits if limit is not None), config)
+
+
+def fitting(recipe: "Recipe", limit_gib: float, config: Any = None) -> tuple[str, str]:
+    """What ``auto`` is where ``limit_gib`` of device memory are free."""
+    from lowprec.plan import Planner, fitting_policy, model_config  # plans are made of policies, too
+    from lowprec.plan.run import find_machine
+
+    try:
+        planner = Planner(config or model_config(recipe.model), find_machine(None)[0])
+        policy, why = fitting_policy(planner, recipe, limit_gib)
+    except UserError as error:
+        return "full", f"auto: the memory could not be predicted ({error})"
+    return policy, f"auto: {why}"
 
 
 def keep_activations(model: nn.Module, policy: str, why: str = "as the recipe says") -> Activations:

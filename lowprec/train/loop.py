@@ -161,6 +161,7 @@ class Run:
             self.data = prepare_data(recipe.data, self.tokenizer, on_progress=reading.update)
         self.console.print(self.data.summary)
         self.model = load_model(recipe.model)
+        policy = choose_policy(recipe, device)
         attend_without_masks(self.model, recipe.data.max_length + options.sample_max_new_tokens)
         calibration = calibration_batch(recipe.wrap, self.data, self.tokenizer.pad_token_id, device)
         if calibration is not None:
@@ -179,7 +180,7 @@ class Run:
         self.model = recipe.adapter.attach(self.model)
         self._use_cache = self.model.config.use_cache
         self.model.config.use_cache = False  # of no use in training; put back in what is saved
-        self.activations = keep_activations(self.model, *choose_policy(options.gradient_checkpointing, device))
+        self.activations = keep_activations(self.model, *policy)
         self.console.print(
             f"Activations: {self.activations.policy} ({self.activations.why}).", markup=False, highlight=False
         )

@@ -42,9 +42,24 @@ def test_trains_and_resumes_bit_identically(kind, arguments, tmp_path):
     assert losses[0] == losses[1]
 
 
-@pytest.mark.parametrize("recipe", ["full", "lora", "qlora_nf4"])
-def test_a_step_never_waits_for_the_device(recipe, arguments, tmp_path):
-    resolved, _ = resolve(recipe, [a for a in arguments("model.dtype=bf16") if a != "model.dtype=fp32"])
+@pytest.mark.parametrize(
+    ("recipe", "extra"),
+    [
+        ("full", ()),
+        ("full", ("data.packing=true",)),
+        ("full", ("train.gradient_checkpointing=full",)),
+        ("full", ("train.gradient_checkpointing=selective",)),
+        ("full", ("train.gradient_checkpointing=offload",)),
+        ("lora", ()),
+        ("lora", ("train.use_liger_kernel=false",)),
+        ("qlora_nf4", ()),
+        ("qlora_nf4", ("data.packing=true", "train.gradient_checkpointing=offload")),
+    ],
+)
+def test_a_step_never_waits_for_the_device(recipe, extra, arguments, tmp_path):
+    given = [a for a in arguments("model.dtype=bf16", "data.max_length=96", "train.num_train_epochs=9", *extra)]
+    keys = dict(pair.split("=", 1) for pair in given)  # the last of a key wins
+    resolved, _ = resolve(recipe, [f"{key}={value}" for key, value in keys.items()])
     accelerator, _ = start_accelerator(resolved)
     folder = claim_run_folder(resolved, accelerator)
     assert folder is not None
@@ -75,3 +90,43 @@ def test_running_out_of_memory_says_what_held_it_and_what_to_change(arguments, t
     text = str(error.value)
     assert "optimizer states" in text and "weights" in text and "adapter=lora" in text
     assert read_report(tmp_path / "run")["status"] == "failed"
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "selective", "offload", "auto"])
+@pytest.mark.parametrize("recipe", ["full", "qlora_nf4"])
+def test_activation_policies_give_the_same_losses(recipe, policy, arguments, tmp_path):
+    run(recipe, arguments("model.dtype=bf16", f"train.gradient_checkpointing={policy}", output=policy))
+    run(recipe, arguments("model.dtype=bf16", "train.gradient_checkpointing=none", output="reference"))
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in (policy, "reference")]
+    assert losses[0] == losses[1]
+    facts = read_report(tmp_path / policy)["activations"]
+    assert facts["policy"] == ("none" if policy == "auto" else policy)  # a tiny model fits anywhere
+    assert policy != "auto" or "predicted" in facts["why"]
+
+
+def test_liger_kernels_run_and_keep_the_losses(arguments, tmp_path):
+    for name in ("true", "false"):
+        run("full", arguments("model.dtype=bf16", f"train.use_liger_kernel={name}", output=name))
+    fused = read_report(tmp_path / "true")["wrap"]["fused"]
+    assert all(not row["reason"] for row in fused) and {row["part"] for row in fused} == {"norm", "mlp", "rope", "loss"}
+    mine, plain = ([r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("true", "false"))
+    assert mine == pytest.approx(plain, rel=2e-2)
+
+
+def test_packed_samples_keep_their_losses(arguments, tmp_path):
+    """Flash attention of many lengths in bf16 beside SDPA of single samples."""
+    for name in ("true", "false"):
+        run(
+            "full",
+            arguments("model.dtype=bf16", f"data.packing={name}", "train.max_steps=1", "train.seed=1", output=name),
+        )
+    before = [read_report(tmp_path / name)["eval_loss_before"] for name in ("true", "false")]
+    assert before[0] == pytest.approx(before[1], rel=5e-3)
+
+
+def test_compiled_layers_keep_the_losses(arguments, tmp_path):
+    for name in ("true", "false"):
+        run("lora", arguments("model.dtype=bf16", f"train.torch_compile={name}", output=name))
+    mine, plain = ([r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("true", "false"))
+    assert mine == pytest.approx(plain, rel=2e-2)
+    assert read_report(tmp_path / "true")["compile_s"] > 0

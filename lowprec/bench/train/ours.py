@@ -37,16 +37,19 @@ def random_model(shape: dict[str, Any], dtype: torch.dtype, device: torch.device
 
 def run(work: Work, folder: Path, device: torch.device) -> dict:
     """Figures of one work, and what was converted, fused and kept."""
-    recipe = _recipe(work, folder, device)
+    from transformers import AutoConfig
+
+    recipe = recipe_of(work, folder, device)
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="bf16" if recipe.model.dtype == "bf16" else "no"
     )
+    policy = choose_policy(recipe, device, AutoConfig.for_model(**work.shape))
     model = random_model(work.shape, recipe.model.torch_dtype, device)
     attend_without_masks(model, work.length)
     frozen = recipe.choice("adapter") != "none"
     layers = wrap(model, recipe.weights, frozen=frozen, device=device, use_liger_kernel=recipe.train.use_liger_kernel)
     model = recipe.adapter.attach(model)
-    activations = keep_activations(model, *choose_policy(recipe.train.gradient_checkpointing, device))
+    activations = keep_activations(model, *policy)
     model.to(device).train()
     fused = recipe.adapter.fuse(model)
     optimizer = recipe.optimizer.build(model, recipe.state_store)
@@ -69,7 +72,7 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     return timing.to_dict() | facts | {"reasons": reasons, "lora": fused.summary() if fused else None}
 
 
-def _recipe(work: Work, folder: Path, device: torch.device) -> Recipe:
+def recipe_of(work: Work, folder: Path, device: torch.device) -> Recipe:
     overrides = ["model.model_name_or_path=random", "data.path=none", *work.overrides]
     if not any(override.startswith("model.dtype=") for override in overrides):
         overrides.append("model.dtype=" + ("bf16" if device.type == "cuda" else "fp32"))
