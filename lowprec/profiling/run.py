@@ -1,6 +1,8 @@
 """``lowprec profile RECIPE``: a recipe's own steps, measured and looked into. Running out of memory is a result."""
 
+import tempfile
 from contextlib import suppress
+from dataclasses import asdict
 from pathlib import Path
 from typing import Any
 
@@ -10,6 +12,7 @@ from rich.console import Console
 from lowprec.config import Recipe
 from lowprec.errors import UserError
 from lowprec.optim import AdamW
+from lowprec.plan import plan
 from lowprec.profiling.alive import Alive, Timeline
 from lowprec.profiling.figures import GIB
 from lowprec.profiling.folder import check_free, free_folder, write
@@ -61,6 +64,8 @@ def profile_recipe(recipe: Recipe, console: Console) -> dict[str, Any]:
             if isinstance(run.optimizer, AdamW):
                 run.optimizer.close()
             accelerator.end_training()
+    if failure is not None:
+        _advise(failure, recipe, accelerator.device)
     figures = session.figures() | {
         "name": recipe.name,
         "recipe": recipe.to_yaml(),
@@ -84,7 +89,7 @@ def _measure(run: Run, console: Console) -> tuple[Session, dict[str, Any] | None
     try:
         run.build()
     except torch.OutOfMemoryError:
-        session = Session(run.model, run.optimizer, device=run.accelerator.device)
+        session = Session(run.model, run.optimizer, device=run.accelerator.device, name=run.recipe.name)
         session.ran_out_of_memory = True
         return session, _failure(run, "while the model was loaded and converted", None)
     session = Session(
@@ -157,7 +162,32 @@ def _failure(run: Run, where: str, timeline: Timeline | None) -> dict[str, Any]:
             }
             change = " ".join(f"{key}={value}" for key, value in found["fits"].items())
             found["told"].append(f"Tried, and it fits, with the same effective batch: {change}.")
-    found["advice"] = remedies(run.recipe)
-    others = "Also" if found["fits"] else "A smaller micro-batch alone does not fit. What lowers the memory"
-    found["told"].append(f"{others}, the cheapest first: {'; '.join(found['advice'])}.")
+        if not found["fits"]:
+            found["told"].append("Tried: not even a micro-batch of one sample fits.")
     return found
+
+
+def _advise(failure: dict[str, Any], recipe: Recipe, device: torch.device) -> None:
+    """Add what each single change is predicted to save; where that cannot be predicted, the usual remedies."""
+    limit = recipe.profile.vram_limit_gib
+    if limit is None and device.type == "cuda":
+        limit = torch.cuda.get_device_properties(device).total_memory / GIB
+    try:
+        with tempfile.TemporaryDirectory() as folder:
+            file = Path(folder, "as_profiled.yaml")
+            file.write_text(recipe.to_yaml(), encoding="utf-8")
+            changes = plan(str(file), vram=limit).advice
+    except UserError as error:
+        failure["advice"] = []
+        usual = "; ".join(remedies(recipe))
+        failure["told"].append(f"What lowers the memory, the cheapest first: {usual}. No prediction: {error}")
+        return
+    failure["advice"] = [asdict(change) for change in changes]
+    for fits, said in (
+        (True, "Predicted for full rows: fits by one change alone"),
+        (False, "Predicted to help, not to suffice"),
+    ):
+        named = [f"{' '.join(filter(None, (f'{c.key}={c.value}', c.also)))} (saves {gib(c.saves_gib)})"
+                 for c in changes if c.fits is fits]  # fmt: skip
+        if named:
+            failure["told"].append(f"{said}: {'; '.join(named)}.")

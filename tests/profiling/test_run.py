@@ -87,9 +87,10 @@ def test_memory_that_runs_out_is_a_result(lora, folder, tmp_path):
 
 
 def test_a_model_that_does_not_fit_at_all(lora):
-    figures, printed = lora("profile.vram_limit_gib=0.0001")
+    figures, _ = lora("profile.vram_limit_gib=0.0001")
     assert figures["status"] == "out_of_memory" and "tokens_per_second" not in figures
-    assert "loaded" in figures["out_of_memory"]["where"] and "weights=nf4" in printed
+    assert "loaded" in figures["out_of_memory"]["where"]
+    assert "not to suffice: train.per_device_train_batch_size=1" in figures["out_of_memory"]["told"][-1]
 
 
 def test_two_profiles_side_by_side(lora, tmp_path, capsys):

@@ -3,7 +3,8 @@
 The paper (arXiv:2509.12229, September 2025) trains Qwen2.5-1.5B-Instruct on an RTX 4060 of 8 GB. Its three runs change
 batch, length, optimizer and dtype at once, so none of its claims about one factor follows from them; and our notes of
 it do not have which of them were quantised, the rank, or whether activations were kept. Here cells differ in one factor
-alone, and everything else is the same for all: LoRA of rank 16 on all linear layers, gradient checkpointing, random weights of the model's shape.
+alone, and everything else is the same for all: LoRA of rank 16 on all linear layers, gradient checkpointing, random
+weights of the model's shape.
 """
 
 from dataclasses import asdict, dataclass

@@ -17,7 +17,7 @@ MARKERS = {"adamw": "o", "adamw_8bit": "s", "paged_adamw_8bit": "^"}
 
 def plot_memory(rows: Sequence[dict[str, Any]], limit_gib: float, target: Path) -> None:
     """Tokens/s against peak memory, a mark a cell; those that ran out of memory stand at the limit, below."""
-    figure = Figure(figsize=(8, 5), layout="constrained")
+    figure = Figure(figsize=(9.5, 5), layout="constrained")
     FigureCanvasAgg(figure)
     axes = figure.add_subplot()
     seen = set()
@@ -28,7 +28,7 @@ def plot_memory(rows: Sequence[dict[str, Any]], limit_gib: float, target: Path) 
         label = f"{'lowprec ' if own else ''}{row['weights']}, {row['optimizer']}"
         axes.plot(
             row["peak_vram_gib"], row["tokens_per_second"], MARKERS.get(row["optimizer"], "o"),
-            color=COLOURS.get(row["weights"], "#62656b"), markersize=4 + 1.5 * row["batch"],
+            color=COLOURS.get(row["weights"], "#62656b"), markersize=4 + 1.5 * row["batch"], alpha=0.8,
             markerfacecolor="none" if row["dtype"] != "bf16" else None, label=None if label in seen else label,
         )  # fmt: skip
         seen.add(label)
@@ -44,7 +44,7 @@ def plot_memory(rows: Sequence[dict[str, Any]], limit_gib: float, target: Path) 
     axes.set_ylim(bottom=0)
     axes.grid(alpha=0.3)
     if seen:
-        axes.legend(frameon=False, fontsize=8)
+        axes.legend(frameon=False, fontsize=8, loc="upper left", bbox_to_anchor=(1.01, 1))
     figure.savefig(target, dpi=150)
 
 

@@ -50,9 +50,9 @@ def page(rows: Rows, found: Sequence[Effect], about: dict[str, Any]) -> str:
         f"The study of arXiv:2509.12229 (Qwen2.5-1.5B on an RTX 4060), repeated with a full factorial on {place}, "
         f"whose memory was limited to {shape.limit_gib:g} GiB. **Memory and ratios can be compared with the paper; "
         f"tokens/s are those of this machine.** Shape {about['shape']}, random weights; batch, length, optimizer, "
-        "dtype and base are varied; LoRA of rank 16 on all linear layers and gradient checkpointing are the same for all; every token "
-        f"is trained, none is padding. {about['warmup']} steps of warm-up, {about['steps']} measured. Each row is one "
-        "cell, run once.",
+        "dtype and base are varied; LoRA of rank 16 on all linear layers and gradient checkpointing are the same for "
+        f"all; every token is trained, none is padding. {about['warmup']} steps of warm-up, {about['steps']} measured. "
+        "Each row is one cell, run once.",
         f"{len(rows)} cells: {count['ok']} ran, {count['out_of_memory']} ran out of memory, {count['failed']} failed.",
         f"{versions}. Repeat: `lowprec profile --study consumer_gpu --shape {about['shape']}`; all figures are in "
         f"{CSV}.",
