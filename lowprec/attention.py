@@ -22,6 +22,8 @@ from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 from lowprec.data.documents import Documents
 
 CAUSAL_SDPA = "lowprec_causal_sdpa"
+LONG_ROW = 4096
+_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
 
 
 def attention(
@@ -83,6 +85,20 @@ def why_no_flash(query: torch.Tensor, dropout: float = 0.0) -> str | None:
 ALL_ATTENTION_FUNCTIONS.register(CAUSAL_SDPA, attention)
 
 
+def mask_note(model: PreTrainedModel, max_length: int) -> str | None:
+    """What long rows cost a model whose masks are built whole; None where they are short or there are none."""
+    config = model.config
+    if max_length <= LONG_ROW or config._attn_implementation not in ("sdpa", "eager"):
+        return None
+    windows = [getattr(config, name, None) for name in _WINDOWS]
+    window = min((w for w in windows if isinstance(w, int)), default=None)
+    remedy = f" Samples of up to {window} tokens, generated ones included, need none." if window else ""
+    return (
+        f"the attention of {type(model).__name__} is given a mask of {max_length} x {max_length} for each row of "
+        f"data.max_length={max_length}, {max_length**2 / 2**20:.0f} MiB.{remedy}"
+    )
+
+
 def attend_without_masks(model: PreTrainedModel, longest: int | None = None) -> bool:
     """Let a model with plain causal SDPA build no masks. Batches must be padded on the right, or not at all, or come
     with ``documents``.
@@ -98,7 +114,7 @@ def attend_without_masks(model: PreTrainedModel, longest: int | None = None) -> 
     config = model.config
     if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True):
         return False
-    windows = [getattr(config, name, None) for name in ("sliding_window", "attention_chunk_size", "window_size")]
+    windows = [getattr(config, name, None) for name in _WINDOWS]
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
     windowed = {"sliding_attention", "chunked_attention"}
     if not layer_types <= {"full_attention", *windowed}:

@@ -5,7 +5,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from lowprec.attention import CAUSAL_SDPA, attend_without_masks, attention, why_no_flash
+from lowprec.attention import CAUSAL_SDPA, attend_without_masks, attention, mask_note, why_no_flash
 from lowprec.data.collate import collate
 from lowprec.data.documents import Documents
 from lowprec.data.rows import PackedAttention
@@ -80,6 +80,15 @@ def test_a_window_that_hides_nothing_needs_no_mask(arch, fields):
     expected = loss_sum(model, inputs)
     assert attend_without_masks(model, longest=17)
     torch.testing.assert_close(loss_sum(model, inputs), expected, rtol=1e-6, atol=0)
+
+
+def test_long_rows_with_masks_are_told():
+    model = tiny_model("mistral", sliding_window=4000)
+    assert mask_note(model, 4096) is None
+    note = mask_note(model, 8192)
+    assert "8192 x 8192" in note and "64 MiB" in note and "up to 4000 tokens" in note
+    attend_without_masks(model, longest=4000)
+    assert mask_note(model, 8192) is None
 
 
 def packed(lengths):

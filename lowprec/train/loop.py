@@ -12,7 +12,7 @@ from accelerate.utils import set_seed
 from rich.console import Console
 
 from lowprec.activations import choose_policy, keep_activations
-from lowprec.attention import attend_without_masks
+from lowprec.attention import attend_without_masks, mask_note
 from lowprec.checkpoint import atomic_folder, is_disk_full, prune
 from lowprec.config import Recipe
 from lowprec.data import StepBatch, StepLoader, fit_to_model, prepare_data
@@ -190,6 +190,8 @@ class Run:
             self.console.print(fused.summary(), markup=False, highlight=False)
             self.recorder.facts["lora"] = fused.to_dict()
         data_notes = fit_to_model(self.data, self.model)
+        masks = mask_note(self.model, recipe.data.max_length)
+        data_notes += [masks] if masks else []
         self.optimizer = recipe.optimizer.build(self.model, recipe.state_store)
         if options.torch_compile:
             layers_compiled = compile_layers(self.model)
