@@ -75,7 +75,8 @@ class Lora:
     alpha_pattern: dict[str, int] = field(default_factory=dict)
     fused: bool = True
     """Compute the projections of one input together, by one function that keeps the least for backward
-    (docs/lora.md). What it cannot compute (dropout, DoRA, ...) takes PEFT's path, and the report says so."""
+    (docs/lora.md). What it cannot compute (dropout, DoRA, ...) takes PEFT's path, and the report says so;
+    so do layers that train.torch_compile compiles."""
 
     def __post_init__(self) -> None:
         if self.r < 1 or self.lora_alpha < 1:

@@ -5,8 +5,9 @@ import subprocess
 
 import pytest
 import torch
+from accelerate.state import AcceleratorState
 
-from lowprec.bench.train import bench_train, limit, run
+from lowprec.bench.train import bench_train, limit, ours, peers, run
 from lowprec.bench.train.limit import Layer
 from lowprec.bench.train.table import markdown
 from lowprec.bench.train.works import LLAMA_8B, TABLE, all_works
@@ -37,6 +38,7 @@ def test_results_are_kept_and_not_repeated(tmp_path, fake):
     said = []
     text = bench_train(["qlora_8b"], ["transformers"], folder=tmp_path, say=said.append)
     assert ran == [("qlora_8b", "lowprec"), ("qlora_8b", "transformers")]
+    assert (tmp_path / "bench_train.png").stat().st_size > 5000
     assert "2.50x" in text and (tmp_path / "bench_train.md").read_text() == text
     row = json.loads((tmp_path / "bench_train.jsonl").read_text().splitlines()[0])
     assert {"gpu", "versions", "when", "seconds", "tokens_per_second"} <= row.keys() and row["versions"]["torch"]
@@ -78,24 +80,40 @@ def test_names_are_checked_before_anything_runs(tmp_path, fake):
     assert not fake[0]
 
 
-def test_works_of_the_table():
+def test_works_of_the_table(tmp_path):
     works = all_works()
     assert {work.family for work in works.values()} >= set(TABLE)
     assert [work.name for work in run.select(["grid"])] == [name for name in works if name.startswith("grid_")]
     assert {work.family for work in run.select(None)} == set(TABLE)
+    unlike = {(work.recipe, *(o for o in work.overrides if "tokens" not in o)): work for work in works.values()}
+    for work in unlike.values():
+        assert ours.recipe_of(work, tmp_path, torch.device("cpu")).name == work.recipe  # composes
     assert [w.name for w in run.select(["qlora_8b"])] == ["qlora_8b"]  # and not qlora_8b_1x2048
 
 
-@pytest.mark.parametrize("work, peers", [("tiny_qlora", ["--peers", "transformers"]), ("tiny_full", [])])
-def test_tiny_works_run_for_real(tmp_path, work, peers, capsys):
-    assert main(["bench", "train", "--works", work, *peers, "--path", str(tmp_path)]) == 0
-    rows = [json.loads(line) for line in (tmp_path / "bench_train.jsonl").read_text().splitlines()]
-    assert {row["status"] for row in rows} == {"ok"}, rows
-    assert {row["peer"] for row in rows} >= {"lowprec", *peers[1:]}
-    assert all(3 < row["last_loss"] < 8 and row["step_ms_p50"] > 0 for row in rows if row["peer"] != "limit")
-    if work == "tiny_qlora":
-        assert rows[0]["layers"] == {"nf4": 14, "bf16": 1} and "14 of 14 LoRA layers fused" in rows[0]["lora"]
+def test_a_tiny_work_runs_for_real_from_the_command_line(tmp_path, capsys):
+    assert main(["bench", "train", "--works", "tiny_qlora", "--path", str(tmp_path)]) == 0
+    row = json.loads((tmp_path / "bench_train.jsonl").read_text().splitlines()[0])
+    assert row["status"] == "ok" and row["peer"] == "lowprec" and row["step_ms_p50"] > 0, row
+    assert row["layers"] == {"nf4": 14, "bf16": 1} and "14 of 14 LoRA layers fused" in row["lora"]
     assert "tries this benchmark out" in capsys.readouterr().out
+
+
+@pytest.fixture
+def no_accelerator_left():
+    """Accelerate keeps its first precision for the whole process."""
+    yield
+    AcceleratorState._reset_state(reset_partial_state=True)
+
+
+@pytest.mark.parametrize("work", ["tiny_qlora", "tiny_full"])
+def test_tiny_works_by_lowprec_and_by_a_peer(tmp_path, work, monkeypatch, no_accelerator_left):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    work = all_works()[work]
+    for figures in (ours.run(work, tmp_path, device), peers.run("transformers", work, tmp_path, device)):
+        assert 3 < figures["last_loss"] < 8 and figures["step_ms_p20"] <= figures["step_ms_p80"]
+        assert figures["tokens_per_second"] == pytest.approx(64e3 / figures["step_ms_p50"], rel=1e-2)
 
 
 def test_a_process_that_dies_is_a_failed_row(tmp_path, monkeypatch):

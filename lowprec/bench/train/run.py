@@ -13,6 +13,7 @@ from pathlib import Path
 
 from lowprec.bench.measure import machine
 from lowprec.bench.train import peers as peers_module
+from lowprec.bench.train.plot import plot
 from lowprec.bench.train.table import markdown
 from lowprec.bench.train.works import TABLE, Work, all_works
 from lowprec.errors import UserError
@@ -36,7 +37,7 @@ def bench_train(
     Args:
         works: names, families (``longest_8b``), or ``grid``; None for the table of docs/benchmarks.
         peers: libraries to measure beside lowprec where a work lists them; ``all`` for those that are installed.
-        folder: holds ``bench_train.jsonl``, ``bench_train.md`` and what runs need; results in it are not repeated.
+        folder: holds ``bench_train.jsonl``, ``.md`` and ``.png``, and what runs need; results in it are not repeated.
         minutes: a run that goes on beyond this time is ended: for machines that are lent in slices. Call again to go
             on; what failed is tried again then, what ran out of memory is not.
         again: repeat runs that are in the results.
@@ -190,6 +191,8 @@ def _in_words(row: dict) -> str:
 
 
 def _write_table(results: Path) -> str:
-    text = markdown(read(results))
+    rows = read(results)
+    text = markdown(rows)
     results.with_suffix(".md").write_text(text, encoding="utf-8")
+    plot(rows, results.with_suffix(".png"))
     return text
