@@ -183,6 +183,8 @@ def _advise(failure: dict[str, Any], recipe: Recipe, device: torch.device) -> No
         failure["told"].append(f"What lowers the memory, the cheapest first: {usual}. No prediction: {error}")
         return
     failure["advice"] = [asdict(change) for change in changes]
+    if not changes:
+        failure["told"].append("No change of a single key is predicted to lower the memory.")
     for fits, said in (
         (True, "Predicted for full rows: fits by one change alone"),
         (False, "Predicted to help, not to suffice"),

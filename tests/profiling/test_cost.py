@@ -1,0 +1,25 @@
+"""What probing costs, measured as the documentation says."""
+
+import pytest
+
+from lowprec.profiling.cost import probe_cost
+from tests.train.conftest import arguments, fresh_accelerate, tiny  # noqa: F401  fixtures
+
+
+def last_wins(pairs: list[str]) -> list[str]:
+    return [f"{key}={value}" for key, value in dict(pair.split("=", 1) for pair in pairs).items()]
+
+
+def test_the_host_spends_little_in_the_probes(arguments):  # noqa: F811
+    overrides = last_wins(arguments("train.gradient_accumulation_steps=1"))
+    found = probe_cost("full", overrides, warmup=1, blocks=2, steps=2)
+    assert found["step_ms"] > 0 and 0 < found["host_share"] < 0.5
+
+
+@pytest.mark.gpu
+def test_probes_cost_less_than_two_percent_on_a_gpu(arguments, tmp_path):  # noqa: F811
+    from lowprec.testing import save_tiny
+
+    wide = save_tiny(tmp_path / "wide", "llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=8)
+    extra = (f'model.model_name_or_path="{wide}"', "model.dtype=bf16", "train.per_device_train_batch_size=8")
+    assert probe_cost("full", last_wins(arguments(*extra)))["host_share"] < 0.02
