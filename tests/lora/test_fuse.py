@@ -10,10 +10,12 @@ from torch import nn
 import lowprec
 from lowprec.activations import keep_activations
 from lowprec.adapter import Lora
+from lowprec.layers.eight_bit_schemes import Fp8, Int8Hadamard
 from lowprec.layers.nf4 import NF4
 from lowprec.lora import fuse
 from lowprec.lora.layers import Handoff
 from lowprec.testing import ARCHITECTURES, sqnr_db, tiny_model
+from lowprec.train.nonfinite import _watch
 
 IDS = torch.arange(24).reshape(2, 12)
 GROUPS = {"llama": {3: 2, 2: 2, 1: 4}, "qwen3": {3: 2, 2: 2, 1: 4}, "gemma": {3: 2, 2: 2, 1: 4},
@@ -58,7 +60,11 @@ def test_losses_and_gradients_equal_pefts(arch, dtype, tolerance, db):
         assert found[name].dtype == grad.dtype and sqnr_db(grad, found[name]) > db, name
 
 
-@pytest.mark.parametrize("weights", ["fp8", "int8_hadamard"])
+@pytest.mark.parametrize(
+    "weights",
+    ["fp8", "int8_hadamard", "fp8_hadamard", Fp8(layout="both"), Int8Hadamard(layout="both"), Fp8(preset="halo2")],
+    ids=["fp8", "int8", "fp8_hadamard", "fp8 both", "int8 both", "halo2"],
+)
 def test_over_an_8_bit_base_the_numbers_are_the_same(weights):
     """The base's codes and their products are the very same, so only the order of sums differs."""
     plain, fused, report = both(weights=weights)
@@ -148,6 +154,15 @@ def test_trained_biases_of_the_base_get_their_gradients(bias):
     assert found.keys() == wanted.keys() and any(name.endswith("base_layer.bias") for name in found)
     for name, grad in wanted.items():
         torch.testing.assert_close(found[name], grad, rtol=1e-10, atol=1e-12)
+
+
+def test_a_nan_is_traced_to_the_fused_layer_where_it_arose():
+    _, fused, _ = both()
+    fused.base_model.model.model.layers[1].self_attn.k_proj.lora_A["default"].weight.data[0, 0] = torch.nan
+    origin: list[str] = []
+    with _watch(fused, origin), torch.no_grad():
+        fused(input_ids=IDS)
+    assert origin[0].endswith("layers.1.self_attn.k_proj")
 
 
 def test_another_model_is_untouched():
