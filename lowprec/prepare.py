@@ -119,10 +119,12 @@ def wrap(
 
     _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration, device)
     rows = []
-    for name, linear in linears.items():
-        row = _row(name, linear)
+    for name in list(linears):
+        row, layer_is_frozen = _row(name, linears[name]), is_frozen(name)
+        linear = linears.pop(name)  # the last reference but the model's: the 16-bit weight goes when it is converted
         if name in schemes:
-            _convert(model, row, linear.to(device), schemes[name], is_frozen(name))
+            _convert(model, row, linear.to(device), schemes[name], layer_is_frozen)
+        del linear
         row.reason = row.reason or reasons.get(name, "")
         rows.append(row)
     rows += _expert_rows(model)

@@ -1,6 +1,7 @@
 """``wrap`` on whole models: what is converted and why not, what is saved, training through PEFT, Trainer and TRL."""
 
 import copy
+import weakref
 
 import pytest
 import torch
@@ -14,7 +15,7 @@ from lowprec.errors import UserError
 from lowprec.layers.auto import Auto
 from lowprec.layers.eight_bit_linear import FrozenEightBitLinear, TrainedEightBitLinear
 from lowprec.layers.eight_bit_schemes import Fp8
-from lowprec.prepare import wrap
+from lowprec.prepare import as_scheme, find_linears, wrap
 from lowprec.testing import ARCHITECTURES, tiny_model, tiny_tokenizer
 
 SCHEMES = ("fp8", "fp8_hadamard", "int8_hadamard")
@@ -132,6 +133,21 @@ def test_fused_experts_and_routers_are_listed():
     experts = [row for row in report.rows if "experts" in row.name]
     assert [row.shape for row in experts] == [[4, 64, 32], [4, 32, 32]]
     assert all("grouped" in row.reason and row.flops_per_token == row.parameters for row in experts)
+
+
+@pytest.mark.parametrize("weights", ["nf4", "fp8"])
+def test_a_converted_layer_frees_its_16_bit_weight_before_the_next_is_moved(weights):
+    """Else a device would hold the whole 16-bit model at the end, and an 8B model would not load on a small card."""
+    model, alive, scheme = tiny_model("llama"), [], type(as_scheme(weights))
+    plain = [weakref.ref(linear) for _, linear in find_linears(model)]
+
+    class Watched(scheme):
+        def convert(self, linear, frozen):
+            alive.append(sum(reference() is not None for reference in plain))
+            return scheme.convert(self, linear, frozen)
+
+    wrap(model, Watched(), frozen=True)
+    assert alive == list(range(len(plain), 1, -1))  # the output head stays
 
 
 def test_auto_keeps_16_bits_where_8_do_not_pay_and_remembers(tmp_path, monkeypatch):
