@@ -50,7 +50,7 @@ def render_profile(profile: Profile, console: Console) -> None:
         f"{machine.disk_read_gb_per_s:.3g}, {machine.disk_write_gb_per_s:.3g}, {machine.disk_mixed_gb_per_s:.3g} GB/s"
     )
     rates.add_row("disk, read, write, both at once", f"{disk} ({way}, {limits['disk_path']})")
-    rates.add_row("least time of a product", f"{machine.launch_us:.3g} us")
+    rates.add_row("least time of a kernel, of a product", f"{machine.launch_us:.3g}, {machine.product_us:.3g} us")
     console.print(rates, highlight=False)
     products = Table(title="\nProducts, and predictions of layers that were held out", title_justify="left", box=None)
     for column in ("kind", "TFLOP/s", "timed", "median error", "90 % within", "median error of the bound alone"):

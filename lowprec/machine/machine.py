@@ -42,6 +42,8 @@ class Machine:
     """Device memory that a process holds before its first tensor."""
     launch_us: float
     """The least time of a kernel."""
+    product_us: float
+    """The least time of a product, which has to fill and drain its pipeline."""
     assumed: tuple[str, ...] = ()
     """Names of the fields that are assumptions about a typical machine, neither measured nor in a datasheet."""
     corrections: Mapping[str, Correction] = field(default_factory=dict, repr=False)
@@ -57,14 +59,14 @@ class Machine:
             known = ", ".join(self.tflops)
             raise UserError(f"{self.name} runs no {kind} products that are known here; it runs {known}.")
         if 0 in (m, n, k):
-            return self.launch_us / 1e3
+            return self.product_us / 1e3
         rates = self.rates(kind)
         correction = self.corrections.get(kind)
         return bound_ms(kind, m, n, k, rates) * (correction.factor(kind, m, n, k, rates) if correction else 1.0)
 
     def rates(self, kind: str) -> Rates:
         """What bounds a kind of product here."""
-        return Rates(self.tflops[kind], self.memory_gb_per_s, self.sm_count, self.launch_us)
+        return Rates(self.tflops[kind], self.memory_gb_per_s, self.sm_count, self.product_us)
 
     def traffic_ms(self, num_bytes: float) -> float:
         """Predicted ms of a kernel that moves ``num_bytes`` of device memory, read and written, and little else."""

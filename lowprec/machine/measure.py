@@ -53,9 +53,11 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
     refused = {kind: why for kind in KINDS if (why := _why_not(kind, device)) is not None}
     kinds = [kind for kind in KINDS if kind not in refused]
     products, differences = _products(kinds, device, seconds * 5 / 6, progress)
-    launch_us = 1e3 * _Operands("fp32", device).milliseconds(Shape(16, 16, 16, ""))
+    tiny = torch.zeros(16, device=device)
+    launch_us = 1e3 * milliseconds(lambda: tiny.add_(1), repeat_ms=15, device=device)
+    product_us = 1e3 * _Operands("fp32", device).milliseconds(Shape(16, 16, 16, ""))
     sm_count = torch.cuda.get_device_properties(device).multi_processor_count if gpu else 0
-    rates = {kind: Rates(_tflops(samples), memory, sm_count, launch_us) for kind, samples in products.items()}
+    rates = {kind: Rates(_tflops(samples), memory, sm_count, product_us) for kind, samples in products.items()}
     progress("fitting", 0.95)
     machine = Machine(
         name=torch.cuda.get_device_name(device) if gpu else processor(),
@@ -73,6 +75,7 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
         power_w=_power_w(device) if gpu else None,
         context_mib=context_mib,
         launch_us=launch_us,
+        product_us=product_us,
         corrections={kind: fit(kind, samples, rates[kind]) for kind, samples in products.items()},
     )
     from lowprec.report import versions

@@ -1,4 +1,4 @@
-"""The time that a product cannot beat by much: arithmetic in whole tiles and whole waves, or traffic, and a launch.
+"""The time that a product cannot beat by much: arithmetic in whole tiles and whole waves, or traffic, and a start.
 
 A GPU gives each tile of the result to one multiprocessor, and a wave of ``sm_count`` tiles takes as long as one tile,
 so that ceil(m / BM) ceil(n / BN) tiles take ceil(tiles / sm_count) waves. Libraries choose the tile; so does this, by
@@ -22,13 +22,14 @@ class Rates(NamedTuple):
     gb_per_s: float
     sm_count: int
     """0 for a processor, whose products come in no tiles worth counting."""
-    launch_us: float
+    product_us: float
+    """The least time of a product."""
 
 
 def bound_ms(kind: str, m: int, n: int, k: int, rates: Rates) -> float:
     """ms of ``[m, k] @ [k, n]``."""
     arithmetic = arithmetic_ms(m, n, k, rates.tflops) / efficiency(m, n, rates.sm_count)
-    return rates.launch_us / 1e3 + max(arithmetic, product_bytes(kind, m, n, k) / rates.gb_per_s / 1e6)
+    return rates.product_us / 1e3 + max(arithmetic, product_bytes(kind, m, n, k) / rates.gb_per_s / 1e6)
 
 
 def arithmetic_ms(m: int, n: int, k: int, tflops: float) -> float:

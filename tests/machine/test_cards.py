@@ -56,11 +56,20 @@ def test_the_datasheet_h100_is_near_the_measured_one(kind, shape, tflops):
     assert named_card("H100").product_ms(kind, m, n, k) == pytest.approx(2 * m * n * k / tflops / 1e9, rel=0.16)
 
 
+@pytest.mark.parametrize(
+    ("shape", "us"),
+    [((512, 256, 256), 5.9), ((256, 2048, 4096), 15.0), ((1024, 1024, 2048), 12.3), ((2048, 4096, 1024), 28.9)],
+)
+def test_small_products_of_the_datasheet_h100_are_near_published_ones(shape, us):
+    """OpenXLA's table of an H100 in bf16 (docs/benchmarks/product_prediction_202611.md)."""
+    assert 1e3 * named_card("H100").product_ms("bf16", *shape) == pytest.approx(us, rel=0.16)
+
+
 def test_kinds_without_units_are_refused_and_nothing_takes_a_launch():
     with pytest.raises(UserError, match="no fp8"):
         named_card("RTX 3060").product_ms("fp8", 64, 64, 64)
     card = named_card("RTX 4060")
-    assert card.product_ms("bf16", 0, 64, 64) == card.launch_us / 1e3
+    assert card.product_ms("bf16", 0, 64, 64) == card.product_us / 1e3
     assert card.traffic_ms(card.memory_gb_per_s * 1e6) == pytest.approx(1 + card.launch_us / 1e3)
     assert card.product_ms("bf16", 1, 4096, 4096) > 4096 * 4096 * 2 / card.memory_gb_per_s / 1e6, "it reads the weight"
 

@@ -11,7 +11,7 @@ from lowprec.machine.measure import measure
 from lowprec.machine.roofline import Rates, bound_ms
 from lowprec.machine.shapes import designed_shapes
 
-RATES = Rates(tflops=50.0, gb_per_s=1000.0, sm_count=64, launch_us=3.0)
+RATES = Rates(tflops=50.0, gb_per_s=1000.0, sm_count=64, product_us=3.0)
 
 
 def odd_machine(noise: float = 0.0) -> list[Sample]:
