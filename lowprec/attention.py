@@ -35,6 +35,7 @@ def attention(
     dropout: float = 0.0,
     scaling: float | None = None,
     documents: Documents | None = None,
+    sliding_window: int | None = None,
     **kwargs: Any,
 ) -> tuple[torch.Tensor, None]:
     """Transformers' interface: query ``[rows, heads, tokens, dim]``, key and value with as many heads or a divisor of
@@ -42,28 +43,55 @@ def attention(
 
     Args:
         documents: of a packed batch; without them a row is one sample.
+        sliding_window: tokens that one sees, itself included; None for all before it.
+
+    Raises:
+        ValueError: the architecture wants more of attention than this: soft caps, biases, sinks.
     """
-    if documents is None or attention_mask is not None:
-        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
     rows, heads, tokens, dim = query.shape
-    flat = [t.transpose(1, 2).reshape(rows * tokens, t.shape[1], dim) for t in (query, key, value)]
+    longest = documents.longest if documents is not None else tokens
+    hides = sliding_window is not None and sliding_window < longest and key.shape[2] == tokens
+    if attention_mask is not None or (documents is None and not hides):
+        return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
+    unknown = [name for name in ("softcap", "position_bias", "s_aux") if kwargs.get(name) is not None]
+    if unknown:
+        raise ValueError(f"{CAUSAL_SDPA} knows no {unknown[0]}")
+    window = sliding_window if hides else None
+    parts = [t.transpose(1, 2) for t in (query, key, value)]
+    if documents is not None:
+        parts = [t.reshape(rows * tokens, t.shape[2], dim) for t in parts]
     if why_no_flash(query, dropout) is None:
+        borders = documents.borders if documents is not None else None
         out = torch.ops.aten._flash_attention_forward(
-            *flat, documents.borders, documents.borders, documents.longest, documents.longest, 0.0, True, False,
-            scale=scaling,
+            *parts, borders, borders, longest, longest, 0.0, True, False,
+            scale=scaling, window_size_left=-1 if window is None else window - 1, window_size_right=0,
         )[0]  # fmt: skip
-    else:
-        pieces = zip(*(t.transpose(0, 1).split(documents.lengths, dim=1) for t in flat), strict=True)
-        gqa = key.shape[1] != heads
-        out = torch.cat(
-            [
-                F.scaled_dot_product_attention(
-                    q[None], k[None], v[None], dropout_p=dropout, is_causal=True, scale=scaling, enable_gqa=gqa
-                )[0].transpose(0, 1)
-                for q, k, v in pieces
-            ]
-        )
-    return out.view(rows, tokens, heads, dim), None
+        return out.view(rows, tokens, heads, dim), None
+    options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != heads}
+    if documents is None:
+        return _one_sample(query, key, value, window, options).transpose(1, 2), None
+    split = [t.transpose(0, 1)[None].split(documents.lengths, dim=2) for t in parts]
+    samples = [_one_sample(q, k, v, window, options) for q, k, v in zip(*split, strict=True)]
+    out = torch.cat(samples, dim=2)[0].transpose(0, 1)
+    return out.reshape(rows, tokens, heads, dim), None
+
+
+def _one_sample(
+    q: torch.Tensor, k: torch.Tensor, v: torch.Tensor, window: int | None, options: dict[str, Any]
+) -> torch.Tensor:
+    """Causal attention of samples of one length, ``[samples, heads, tokens, dim]``. With a window, a block of as many
+    queries at a time sees at most twice as many keys: no mask is longer than that."""
+    tokens = q.shape[2]
+    if window is None or tokens <= window:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, **options)
+    blocks = []
+    for start in range(0, tokens, window):
+        first, end = max(0, start - window + 1), min(start + window, tokens)
+        distance = torch.arange(start, end, device=q.device)[:, None] - torch.arange(first, end, device=q.device)
+        seen = (distance >= 0) & (distance < window)
+        part = (q[:, :, start:end], k[:, :, first:end], v[:, :, first:end])
+        blocks.append(F.scaled_dot_product_attention(*part, attn_mask=seen, **options))
+    return torch.cat(blocks, dim=2)
 
 
 def why_no_flash(query: torch.Tensor, dropout: float = 0.0) -> str | None:
@@ -100,28 +128,32 @@ def mask_note(model: PreTrainedModel, max_length: int) -> str | None:
 
 
 def attend_without_masks(model: PreTrainedModel, longest: int | None = None) -> bool:
-    """Let a model with plain causal SDPA build no masks. Batches must be padded on the right, or not at all, or come
-    with ``documents``.
+    """Let a model with causal SDPA build no masks. Batches must be padded on the right, or not at all, or come with
+    ``documents``.
 
     Args:
-        longest: tokens of the longest sample that the model will see. A sliding window or chunk of at least that many
-            hides nothing, and then needs no mask.
+        longest: tokens of the longest sample that the model will see. A chunk of at least that many hides nothing, and
+            then needs no mask.
 
     Returns:
-        Whether it was done. Models with shorter windows or with prefixes that see both ways keep their masks, as do
+        Whether it was done. Models with shorter chunks or with prefixes that see both ways keep their masks, as do
         other attention implementations.
     """
     config = model.config
     if config._attn_implementation != "sdpa" or not getattr(config, "is_causal", True):
         return False
-    windows = [getattr(config, name, None) for name in _WINDOWS]
     layer_types = set(getattr(config, "layer_types", None) or ["full_attention"])
-    windowed = {"sliding_attention", "chunked_attention"}
-    if not layer_types <= {"full_attention", *windowed}:
+    if not layer_types <= {"full_attention", "sliding_attention", "chunked_attention"}:
         return False
-    if any(windows) or layer_types & windowed:
-        known = all(isinstance(window, int) for window in windows if window)
-        if longest is None or not any(windows) or not known or min(w for w in windows if w) < longest:
+    slides = getattr(config, "sliding_window", None) is not None or "sliding_attention" in layer_types
+    # Architectures that can use FlashAttention, which takes no masks either, tell each layer's attention its window.
+    told = model._supports_flash_attn and isinstance(getattr(config, "sliding_window", None), int)
+    others = [getattr(config, name, None) for name in _WINDOWS if not (told and name == "sliding_window")]
+    if slides and not told and not any(others):
+        return False
+    if any(others) or "chunked_attention" in layer_types:
+        known = [window for window in others if window]
+        if longest is None or not known or not all(isinstance(w, int) and w >= longest for w in known):
             return False
     try:
         model.set_attn_implementation(CAUSAL_SDPA)

@@ -73,7 +73,7 @@ def test_a_packed_batch_gives_each_sample_the_loss_it_has_alone(
     named = "sdpa" if implementation == "lengths" else implementation
     model = tiny_model(architecture, attn_implementation=named, use_cache=False, **overrides)
     maskless = implementation == "lengths" and attend_without_masks(model)
-    assert maskless is (implementation == "lengths" and not overrides and architecture != "mistral")
+    assert maskless is (implementation == "lengths")
     # Random weights of std 0.02 hardly attend; larger ones make a leak show.
     for weight in model.parameters():
         if weight.ndim == 2:
