@@ -7,6 +7,7 @@ import threading
 import bitsandbytes as bnb
 import pytest
 import torch
+import transformers
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -17,7 +18,8 @@ from lowprec.errors import UserError
 from lowprec.layers.decode_buffer import DecodeBuffer, decode_buffer, release_decode_buffers
 from lowprec.layers.nf4 import NF4, PRODUCTS
 from lowprec.lora import fuse
-from lowprec.testing import sqnr_db, tiny_model
+from lowprec.model import Model, load_model
+from lowprec.testing import save_tiny, sqnr_db, tiny_model
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 FLOOR_DB = {"bf16": 45, "fp8": 27, "int8": 34}
@@ -267,3 +269,25 @@ def test_the_op_can_be_traced():
         fakes = [mode.from_tensor(part) if isinstance(part, torch.Tensor) else part for part in stored]
         out = torch.empty(96, 128, device=DEVICE)
         assert ops.decode_nf4(*fakes, 96, out) is None
+
+
+def test_a_model_saved_in_4_bits_is_taken_over_as_transformers_loads_it(tmp_path):
+    quantization = transformers.BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.float32,
+    )
+    plain = save_tiny(tmp_path / "plain", "llama")
+    packed = transformers.AutoModelForCausalLM.from_pretrained(
+        plain, quantization_config=quantization, device_map={"": DEVICE}, dtype=torch.float32
+    )
+    packed.save_pretrained(tmp_path / "packed")
+    model = load_model(Model(model_name_or_path=str(tmp_path / "packed"), dtype="fp32"), device=DEVICE)
+    ids = torch.arange(24, device=DEVICE).reshape(2, 12)
+    before = model(input_ids=ids).logits
+    report = lowprec.wrap(model, NF4(product="bf16"), frozen=True)
+    assert report.counts() == {"nf4": 14, "bf16": 1}
+    assert sqnr_db(before, model(input_ids=ids).logits) > 90
+    peft = Lora(r=4).attach(model)
+    assert sum(map(len, fuse(peft).groups)) == 14
