@@ -35,17 +35,18 @@ def limited(device: torch.device, gib: float | None) -> Iterator[str | None]:
             )
         return
     torch.cuda.init()
+    index = torch.cuda.current_device() if device.index is None else device.index
     total = torch.cuda.get_device_properties(device).total_memory
     context = context_bytes(device)
     if gib * GIB > total:
         raise UserError(f"{KEY}={gib:g} is more than this GPU's {total / GIB:.1f} GiB. Choose a smaller limit or none.")
     if gib * GIB <= context:
         raise UserError(f"{KEY}={gib:g} is less than the {context / GIB:.2f} GiB that CUDA's own context takes here.")
-    torch.cuda.set_per_process_memory_fraction((gib * GIB - context) / total, device)
+    torch.cuda.set_per_process_memory_fraction((gib * GIB - context) / total, index)
     try:
         yield (
             f"This GPU behaves as one of {gib:g} GiB ({context / GIB:.2f} of them the context). Its speed is still "
             f"that of the {torch.cuda.get_device_name(device)}."
         )
     finally:
-        torch.cuda.set_per_process_memory_fraction(1.0, device)
+        torch.cuda.set_per_process_memory_fraction(1.0, index)

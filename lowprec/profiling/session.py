@@ -136,11 +136,6 @@ class Session:
             yield
             return
         closely = stage in (MEMORY, KERNELS, HISTORY)
-        if stage == MEASURED and not self.rows and not self._under_way:
-            gc.collect()
-            self.phases.begin()
-            self.peak.allocated = self.peak.reserved = 0
-            self._host_s_before = self.probes.host_s
         with self._looking_closely(stage):
             self.probes.on_step_start()
             counts: dict[str, float] = {"tokens": tokens, "trained_tokens": trained_tokens, "padding": padding}
@@ -150,7 +145,11 @@ class Session:
         self.num_steps += 1
         # One step is left under way while the next is called, so that the device has work: not before another stage.
         self._read(1 if self.stage == stage == MEASURED else 0)
-        if closely:
+        if stage == WARM_UP and self.stage == MEASURED:
+            gc.collect()
+            self.peak.allocated = self.peak.reserved = 0
+            self._host_s_before = self.probes.host_s
+        if self.stage != stage or closely:
             self.phases.begin()
 
     def figures(self) -> dict[str, Any]:
