@@ -35,6 +35,7 @@ def time_steps(step: Callable[[], torch.Tensor], tokens: int, warmup: int, timed
             torch.cuda.synchronize(device)
 
     if cuda:
+        torch.cuda.empty_cache()  # what building the model left is not the step's
         torch.cuda.reset_peak_memory_stats(device)
     seconds, loss = [], torch.zeros(())
     for _ in range(warmup + timed):
