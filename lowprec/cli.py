@@ -65,6 +65,7 @@ examples:
   lowprec bench linear --peers        8-bit linear layers beside bf16 and torchao
   lowprec bench rotate --json rotate.json
   lowprec bench ssd --path /mnt/nvme/states
+  lowprec bench plan --minutes 9                    plans beside what steps take; goes on where it stopped
   lowprec bench train --peers                       whole training steps beside the libraries that are installed
   lowprec bench train --works qlora_8b,longest_8b --peers unsloth --minutes 9    goes on where it stopped
 """
@@ -159,15 +160,15 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--path", default=".", help="a folder on the disk to measure (--measure)")
 
     bench = verb("bench", _bench, "Repeat a benchmark of docs/benchmarks on this machine.", _BENCH_HELP)
-    bench.add_argument("what", choices=["linear", "rotate", "matmul", "ssd", "train"])
+    bench.add_argument("what", choices=["linear", "rotate", "matmul", "plan", "ssd", "train"])
     peers = (
         "measure other libraries, too (linear: torchao; train: all installed, or a list such as unsloth,transformers)"
     )
     bench.add_argument("--peers", nargs="?", const="all", default="", metavar="NAME,...", help=peers)
-    bench.add_argument("--works", metavar="NAME,...", help="lines of the table, or grid (train)")
-    bench.add_argument("--minutes", type=float, help="end after that long; the same command goes on (train)")
+    bench.add_argument("--works", metavar="NAME,...", help="lines of the table, or grid (train); parts of names (plan)")
+    bench.add_argument("--minutes", type=float, help="end after that long; the same command goes on (plan, train)")
     bench.add_argument("--tokens", type=int, default=8192, help="rows of the input (linear, rotate, matmul)")
-    bench.add_argument("--path", help="the folder on the disk to measure (ssd); where the results are kept (train)")
+    bench.add_argument("--path", help="the folder on the disk to measure (ssd); where results are kept (plan, train)")
     bench.add_argument("--json", metavar="FILE", help="write the figures as JSON, too")
 
     ssd = verb("ssd", _ssd, "Look after optimizer states on a disk.", _SSD_HELP)
@@ -302,6 +303,8 @@ def _bench(options: argparse.Namespace) -> int:
         figures = report.to_dict()
     elif options.what == "train":
         return _bench_train(options)
+    elif options.what == "plan":
+        return _bench_plan(options)
     else:
         if options.what == "linear":
             result = linear.run(options.tokens, bool(options.peers))
@@ -311,6 +314,16 @@ def _bench(options: argparse.Namespace) -> int:
         figures = result.to_dict()
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
+    return 0
+
+
+def _bench_plan(options: argparse.Namespace) -> int:
+    from lowprec.bench.plan import bench_plan
+
+    names = [name for name in (options.works or "").split(",") if name]
+    folder = options.path or "bench_plan"
+    print(bench_plan(folder, names=names, minutes=options.minutes))
+    print(f"The rows are in {folder}/bench_plan.jsonl, this table in {folder}/bench_plan.md.")
     return 0
 
 

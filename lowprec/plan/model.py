@@ -1,6 +1,7 @@
 """The recipe's model as training prepares it, from its config.json alone and without data in any tensor."""
 
 import copy
+import warnings
 from typing import Any
 
 from lowprec.attention import attend_without_masks
@@ -10,7 +11,7 @@ from lowprec.machine import Machine
 from lowprec.plan.activations import keep_activations_like
 from lowprec.plan.follow import find_layers
 from lowprec.plan.liger_like import put_liger_like
-from lowprec.plan.packed import without_data
+from lowprec.plan.schemes import without_data
 from lowprec.prepare import wrap
 
 
@@ -51,10 +52,15 @@ def build_model(recipe: Recipe, config: Any, machine: Machine) -> tuple[Any, Wra
     outside = sum(p.numel() for p in model.parameters()) - inside
     # A packed row is taken as one sample, which takes the same memory and no less time.
     attend_without_masks(model, recipe.data.max_length + recipe.train.sample_max_new_tokens)
-    frozen = recipe.choice("adapter") != "none"
-    rules: Any = {name: without_data(scheme) for name, scheme in recipe.wrap.schemes(recipe.weights).items()}
-    weights: Any = without_data(recipe.weights)
-    report = wrap(model, weights, rules=rules, frozen=frozen, use_liger_kernel=False)
+    with warnings.catch_warnings():  # what a user should know of the scheme, training says
+        warnings.simplefilter("ignore")
+        report = wrap(
+            model,
+            without_data(recipe.weights, machine),
+            rules={pattern: without_data(s, machine) for pattern, s in recipe.wrap.schemes(recipe.weights).items()},
+            frozen=recipe.choice("adapter") != "none",
+            use_liger_kernel=False,
+        )
     if recipe.train.use_liger_kernel and (machine.capability or (0, 0)) >= (8, 0):
         put_liger_like(model, machine.sm_count)
     model = recipe.adapter.attach(model)

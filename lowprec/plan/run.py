@@ -1,6 +1,7 @@
 """``lowprec.plan(...)``: from a recipe's name to what it takes and what would fit."""
 
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -50,8 +51,7 @@ def plan(
     planner = Planner(config or model_config(chosen.model), found)
     chosen = with_policy(planner, chosen, limit, notes)
     prediction = planner.predict(chosen)
-    if recipe_is_auto(chosen):
-        notes.append("weights=auto decides by measuring; here every layer is taken as fp8.")
+    notes += _limits_of(chosen)
     if limit is None:
         return Plan(recipe=chosen, prediction=prediction, machine=found, vram_gib=None, notes=notes)
     nbytes = limit * 2**30
@@ -82,8 +82,18 @@ def _named(overrides: list[str]) -> list[str]:
     return overrides if has_data else [*overrides, NO_DATA]
 
 
-def recipe_is_auto(recipe: Recipe) -> bool:
-    return recipe.choice("weights") == "auto"
+def _limits_of(recipe: Recipe) -> list[str]:
+    """What a prediction of this recipe takes for granted."""
+    notes = []
+    if recipe.choice("weights") == "auto" or getattr(recipe.weights, "product", "") == "auto":
+        notes.append("Where training chooses kernels by measuring (auto), the plan chooses by predicted times.")
+    if recipe.train.torch_compile:
+        notes.append("train.torch_compile=true is predicted as if it were false.")
+    if recipe.choice("optimizer").startswith("paged"):
+        notes.append(
+            "Paged states are counted in host memory; the driver may keep them on the GPU where there is room."
+        )
+    return notes
 
 
 def find_machine(gpu: str | None) -> tuple[Machine | None, list[str]]:
@@ -121,8 +131,6 @@ def with_policy(planner: Planner, recipe: Recipe, limit: float | None, notes: li
 
 
 def with_checkpointing(recipe: Recipe, policy: str) -> Recipe:
-    from dataclasses import replace
-
     return replace(recipe, train=replace(recipe.train, gradient_checkpointing=policy))
 
 

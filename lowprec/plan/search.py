@@ -29,6 +29,9 @@ def largest(planner: Planner, recipe: Recipe, limit: float) -> tuple[int, int] |
     """(rows, length) of the largest micro-batch within ``limit`` bytes: the most rows of ``data.max_length``, or where
     one does not fit, the longest one. None where nothing does."""
     length, rows = recipe.data.max_length, recipe.train.per_device_train_batch_size
+    now = planner.predict(recipe)
+    if now.peak.by_phase["model"] + now.context > limit:
+        return None  # what is there before the first token is too much already
     found = last_that_fits(lambda count: planner.predict(recipe, count, length).total, limit, rows, MOST_ROWS)
     if found:
         return found, length
@@ -40,8 +43,7 @@ def largest(planner: Planner, recipe: Recipe, limit: float) -> tuple[int, int] |
 def last_that_fits(need: Callable[[int], int], limit: float, start: int, most: int) -> int:
     """The largest count up to ``most`` whose need is within the limit, 0 for none.
 
-    Needs rise almost along a line, so the line through the two counts nearest to the limit says where to look. What
-    it says of a count next to one that was tried is believed, where it leaves a hundredth of a step to spare.
+    Needs rise almost along a line, so the line through the two counts nearest to the limit says where to look.
     """
     known = {start: need(start)}
     fits, fails = 0, most + 1
@@ -59,9 +61,9 @@ def last_that_fits(need: Callable[[int], int], limit: float, start: int, most: i
             first, second = sorted(known, key=lambda count: abs(known[count] - limit))[:2]
             slope = max((known[second] - known[first]) / (second - first), 1.0)
             reach = (limit - known[first]) / slope
-            if first == fits and 0 <= reach < 0.99:
-                return fits
             guess = first + int(reach // 1)
+            if len(known) > 3 and len(known) % 2:  # where needs rise in steps, the line may lead nowhere
+                guess = (fits + fails) // 2
         guess = min(max(guess, fits + 1), fails - 1)
         known[guess] = need(guess)
 

@@ -18,7 +18,7 @@ from lowprec.plan.cuda_like import LikeCuda, no_data
 from lowprec.plan.follow import Followed
 from lowprec.plan.model import build_model
 from lowprec.plan.operators import know_bitsandbytes, know_lowprec
-from lowprec.plan.packed import lend_once
+from lowprec.plan.schemes import lend_once
 from lowprec.plan.states import Trained, states_of
 from lowprec.plan.tape import Tape
 from lowprec.plan.tracker import BACKWARD, FORWARD, UPDATE

@@ -11,7 +11,7 @@ from lowprec.plan.step import TracedRecipe
 from lowprec.plan.tape import TEMPLATE_LAYERS, NotUniformError
 from lowprec.testing import tiny_model
 
-DEPTH = 7
+DEPTH = 6
 RECIPES = {
     "full": ["full", "train.gradient_checkpointing=none"],
     "updates in backward": ["full", "train.max_grad_norm=null", "train.gradient_accumulation_steps=1"],

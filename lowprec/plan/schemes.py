@@ -1,14 +1,18 @@
-"""4-bit layers over tensors without data: bitsandbytes packs only what it can read."""
+"""Schemes over tensors without data: bitsandbytes packs only what it can read, and ``auto`` times what it compares."""
 
 from dataclasses import dataclass, fields, replace
+from functools import partial
 from typing import Any
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
+from lowprec.layers.auto import Auto
 from lowprec.layers.decode_buffer import DecodeBuffer, decode_buffer
+from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Int8Hadamard
 from lowprec.layers.nf4 import NF4, PRODUCTS
+from lowprec.machine import Machine
 
 NESTED_BLOCK = 256
 """Scales that share a second scale (bitsandbytes' ``QuantState``, blocksize of ``state2``)."""
@@ -52,11 +56,41 @@ class NF4WithoutData(NF4):
         return packed
 
 
-def without_data(weights: object) -> object:
+@dataclass(kw_only=True, slots=True)
+class AutoWithoutData(Auto):
+    """``weights=auto``, by predicted times and without a bound on the noise."""
+
+    machine: Any = None
+
+    def choose(self, model: nn.Module, linears: dict, calibration: Any, device: Any = None) -> dict:
+        return {name: (self._fastest(*entry), "predicted to be the fastest") for name, entry in linears.items()}
+
+    def _fastest(self, linear: nn.Linear, frozen: bool) -> EightBit | None:
+        capability, rates = self.machine.capability or (0, 0), self.machine.tflops
+        found: list[tuple[float, EightBit | None]] = [(self._ms("bf16", linear, frozen), None)]
+        for scheme, kind, needed in ((Fp8, "fp8", (8, 9)), (Int8Hadamard, "int8", (8, 0))):
+            one = scheme(cache=self.cache, layout=self.layout)
+            if kind in rates and capability >= needed and one.why_not(linear, frozen) is None:
+                found.append((self._ms(kind, linear, frozen), one))
+        return min(found, key=lambda entry: entry[0])[1]
+
+    def _ms(self, kind: str, linear: nn.Linear, frozen: bool) -> float:
+        """Forward and gradients at ``tokens`` tokens; 8-bit operands are read in 16 bits and written in 8 first."""
+        tokens, out, into = self.tokens, linear.out_features, linear.in_features
+        shapes = [(tokens, out, into), (tokens, into, out), *([] if frozen else [(out, into, tokens)])]
+        total = sum(self.machine.product_ms(kind, *shape) for shape in shapes)
+        if kind in ("fp8", "int8"):
+            casts = [tokens * into, tokens * out] + ([] if frozen else [out * into, tokens * (into + out)])
+            total += sum(self.machine.traffic_ms(3 * numel) for numel in casts)
+        return total
+
+
+def without_data(weights: Any, machine: Machine) -> Any:
     """The scheme, or its stand-in where it needs the numbers themselves."""
-    if type(weights) is not NF4:
+    stand_ins: dict[type, Any] = {NF4: NF4WithoutData, Auto: partial(AutoWithoutData, machine=machine)}
+    if type(weights) not in stand_ins:
         return weights
-    return NF4WithoutData(**{field.name: getattr(weights, field.name) for field in fields(NF4)})
+    return stand_ins[type(weights)](**{field.name: getattr(weights, field.name) for field in fields(weights)})
 
 
 def lend_once(model: nn.Module) -> DecodeBuffer | None:

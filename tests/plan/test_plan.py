@@ -1,0 +1,189 @@
+"""``lowprec.plan``: its JSON, what fits, what to change, and the states' sizes against the optimizer itself."""
+
+import io
+import json
+
+import pytest
+import torch
+from rich.console import Console
+
+import lowprec
+from lowprec.cli import EXIT_DOES_NOT_FIT, main
+from lowprec.config import resolve
+from lowprec.errors import UserError
+from lowprec.optim import AdamW
+from lowprec.plan import Planner, fitting_policy
+from lowprec.plan.predict import GIB, PARTS, parse_gib
+from lowprec.plan.run import with_checkpointing
+from lowprec.plan.search import last_that_fits
+from lowprec.plan.states import Trained, states_of
+from lowprec.testing import save_tiny, tiny_model
+
+FIELDS = {
+    "fits", "peak_allocated_gib", "peak_reserved_gib", "parts_gib", "peak_ram_gib", "disk_gib", "disk_gib_per_step",
+    "step_time_ms", "tokens_per_second", "largest", "advice", "nearest_recipe",
+}  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    """A folder with a config.json and no weights."""
+    path = save_tiny(tmp_path_factory.mktemp("model"), "llama", num_hidden_layers=7)
+    (path / "model.safetensors").unlink()
+    return path
+
+
+def planned(folder, name="full", *overrides, vram=0.45):
+    small = ["data.max_length=64", "train.per_device_train_batch_size=4"]
+    return lowprec.plan(name, [f"model.model_name_or_path={folder}", *small, *overrides], gpu="RTX 4060", vram=vram)
+
+
+@pytest.fixture(scope="module")
+def full(folder):
+    return planned(folder)
+
+
+@pytest.fixture(scope="module")
+def too_large(folder, full):
+    return planned(folder, vram=(full.prediction.total - 2**20) / GIB)
+
+
+def test_parts_sum_to_the_peak_and_all_fields_are_there(full):
+    answer = json.loads(json.dumps(full.to_dict()))
+    assert answer.keys() >= FIELDS
+    parts = answer["parts_gib"]
+    assert tuple(parts) == PARTS
+    assert sum(parts.values()) == pytest.approx(answer["peak_gib"])
+    assert answer["peak_reserved_gib"] == pytest.approx(answer["peak_gib"] - parts["context"])
+    assert answer["peak_allocated_gib"] == pytest.approx(answer["peak_reserved_gib"] - parts["slack"])
+    assert answer["fits"] is True and answer["advice"] == []
+    parameters = sum(p.numel() for p in tiny_model("llama", num_hidden_layers=7).parameters())
+    assert parts["weights"] * GIB == pytest.approx(2 * parameters, rel=0.1)
+    assert parts["optimizer"] * GIB == pytest.approx(12 * parameters, rel=0.1)  # master and two moments in fp32
+    assert answer["step_time_ms"] > 0 and answer["tokens_per_second"] > 0
+
+
+def test_the_largest_batch_fits_and_the_next_one_does_not(full):
+    rows, length = full.largest
+    assert length == 64 and 4 <= rows < 512
+    planner = Planner(tiny_model("llama", num_hidden_layers=7).config, full.machine)
+    need = [planner.predict(full.recipe, count, length).total for count in (rows, rows + 1)]
+    assert need[0] <= 0.45 * GIB < need[1]
+
+
+def test_what_does_not_fit_gets_advice_and_another_recipe(folder, full, too_large):
+    now, answer = full.prediction, too_large
+    assert answer.fits is False
+    saved = [change.saves_gib for change in answer.advice]
+    assert saved == sorted(saved, reverse=True) and saved[-1] > 0
+    best = answer.advice[0]
+    changed, _ = resolve("full", [f"model.model_name_or_path={folder}", "data.path=x", "data.max_length=64",
+                                  "train.per_device_train_batch_size=4", f"{best.key}={best.value}",
+                                  *([best.also] if best.also else [])])  # fmt: skip
+    planner = Planner(tiny_model("llama", num_hidden_layers=7).config, full.machine)
+    assert (now.total - planner.predict(changed).total) / GIB == pytest.approx(best.saves_gib, abs=1e-6)
+    assert answer.nearest_recipe is not None and answer.nearest_recipe != "full"
+    console = Console(width=120, record=True, file=io.StringIO())
+    answer.render(console)
+    text = console.export_text()
+    assert "does not fit" in text and f"{best.key}={best.value}" in text
+
+
+def test_policies_are_tried_from_the_fastest_on(folder):
+    recipe, _ = resolve("lora", [f"model.model_name_or_path={folder}", "data.path=x", "data.max_length=512"])
+    planner = Planner(tiny_model("llama", num_hidden_layers=7).config, None)
+    needs = {p: planner.predict(with_checkpointing(recipe, p)).total / GIB for p in ("none", "full")}
+    assert needs["full"] < needs["none"]
+    assert fitting_policy(planner, recipe, needs["none"])[0] == "none"
+    assert fitting_policy(planner, recipe, needs["full"])[0] != "none"
+    assert fitting_policy(planner, recipe, 0.001)[0] == "offload"
+
+
+def test_without_a_card_there_are_no_times(folder, monkeypatch, tmp_path):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    if torch.cuda.is_available():
+        pytest.skip("there is a card")
+    answer = lowprec.plan("lora", [f"model.model_name_or_path={folder}"]).to_dict()
+    assert answer["step_time_ms"] is None and answer["fits"] is None
+    assert any("--gpu" in note for note in answer["notes"])
+
+
+def test_schemes_that_measure_are_predicted(folder):
+    answer = planned(folder, "lora", "weights=auto").to_dict()
+    assert sum(answer["layers"].values()) == 7 * 7 + 1
+    assert any("chooses by predicted times" in note for note in answer["notes"])
+
+
+def test_the_command_answers_in_json_and_by_its_exit_code(too_large, capsys, monkeypatch):
+    asked = {}
+
+    def stand_in(*args, **keywords):
+        asked.update(keywords, args=args)
+        return too_large
+
+    monkeypatch.setattr("lowprec.plan.plan", stand_in)
+    arguments = ["plan", "full", "train.seed=1", "--gpu", "RTX 4060", "--vram", "1GiB"]
+    assert main([*arguments, "--json"]) == EXIT_DOES_NOT_FIT
+    assert json.loads(capsys.readouterr().out)["fits"] is False
+    assert asked == {"args": ("full", ["train.seed=1"]), "gpu": "RTX 4060", "vram": "1GiB"}
+    assert main(arguments) == EXIT_DOES_NOT_FIT
+    assert "Change first" in capsys.readouterr().out
+
+
+def test_a_mistake_is_one_paragraph(folder, capsys):
+    assert main(["plan", "lora", f"model.model_name_or_path={folder}", "--gpu", "RTX 1"]) == 1
+    assert "RTX 4060" in capsys.readouterr().err
+    assert main(["plan", "lora", f"model.model_name_or_path={folder}/none"]) == 1
+    assert "there is no such folder" in " ".join(capsys.readouterr().err.split())
+
+
+def test_amounts_of_memory_are_read_with_their_units():
+    assert [parse_gib(text) for text in ("8GiB", "8G", "8", "512MiB")] == [8, 8, 8, 0.5]
+    assert parse_gib("8GB") == pytest.approx(8e9 / 2**30)
+    with pytest.raises(UserError, match="8GiB"):
+        parse_gib("-1GiB")
+
+
+@pytest.mark.parametrize("limit", [0, 1, 37, 480, 481, 5000])
+def test_the_search_ends_at_the_last_that_fits(limit):
+    asked: list[int] = []
+
+    def need(count: int) -> int:
+        asked.append(count)
+        return 10 * count + (count // 7) * 3  # almost a line
+
+    expected = max((count for count in range(1, 513) if 10 * count + (count // 7) * 3 <= limit), default=0)
+    assert last_that_fits(need, limit, 4, 512) == expected
+    assert len(asked) <= 12
+
+
+@pytest.mark.parametrize(
+    "options", [[], ["optimizer.state_dtype=int8", "optimizer.master=split"], ["optimizer.state_dtype=bf16"]]
+)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_states_are_as_large_as_the_optimizer_makes_them(options, dtype):
+    recipe, _ = resolve("full", ["model.model_name_or_path=x/y", "data.path=x", *options])
+    model = tiny_model("llama", dtype=dtype)
+    trained = [Trained(name, p.numel(), p.dtype) for name, p in model.named_parameters()]
+    names = {"state_dtype": recipe.optimizer.state_dtype, "master": recipe.optimizer.master}
+    optimizer = AdamW(model.named_parameters(), **names)
+    model(input_ids=torch.zeros(1, 4, dtype=torch.int64), labels=torch.zeros(1, 4, dtype=torch.int64)).loss.backward()
+    optimizer.step()
+    real = sorted(buffer.nbytes for buffer in optimizer._store._buffers.values())
+    assert sorted(nbytes for _, nbytes in states_of(recipe, trained).device) == real
+
+
+def test_states_on_a_disk_are_as_large_as_its_files(tmp_path):
+    overrides = ["model.model_name_or_path=x/y", "data.path=x", "state_store=ssd", f"state_store.path={tmp_path}"]
+    recipe, _ = resolve("full", [*overrides, "state_store.reserve_checkpoints=0", "state_store.pinned_gib=0.05"])
+    model = tiny_model("llama")
+    trained = [Trained(name, p.numel(), p.dtype) for name, p in model.named_parameters()]
+    states = states_of(recipe, trained)
+    arguments = recipe.state_store.arguments()
+    optimizer = AdamW(model.named_parameters(), **arguments)
+    model(input_ids=torch.zeros(1, 4, dtype=torch.int64), labels=torch.zeros(1, 4, dtype=torch.int64)).loss.backward()
+    optimizer.step()
+    optimizer.flush()
+    assert sum(file.stat().st_size for file in tmp_path.glob("*.bin")) == states.disk
+    assert optimizer._store.traffic.bytes_written == states.step_written
+    optimizer.close()
