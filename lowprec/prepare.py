@@ -183,12 +183,22 @@ def _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration, d
     choosers = {id(scheme): scheme for scheme in schemes.values() if hasattr(scheme, "choose")}
     for chooser in choosers.values():
         mine = {name: (_as_linear(linears[name]), is_frozen(name)) for name, s in schemes.items() if s is chooser}
-        for name, (scheme, reason) in chooser.choose(model, mine, calibration, device).items():
+        verdicts = _of_main_process(chooser.choose(model, mine, calibration, device))
+        for name, (scheme, reason) in verdicts.items():
             reasons[name] = reason
             if scheme is None:
                 del schemes[name]
             else:
                 schemes[name] = scheme
+
+
+def _of_main_process(verdicts: dict) -> dict:
+    """What the first process chose: times differ from one to the next, and the layers must not."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return verdicts
+    box = [verdicts]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
 
 
 def _as_linear(module: nn.Module) -> nn.Linear:

@@ -135,6 +135,25 @@ def test_fused_experts_and_routers_are_listed():
     assert all("grouped" in row.reason and row.flops_per_token == row.parameters for row in experts)
 
 
+def test_all_processes_take_the_choice_of_the_first(tmp_path, monkeypatch):
+    """As seen by a second process, which times the layers otherwise (two real ones: 55 s on two busy cores)."""
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+
+    def ms(fast):
+        monkeypatch.setattr(
+            "lowprec.layers.auto.milliseconds_of", lambda layer, *_: 1.0 if type(layer).__name__ == fast else 2.0
+        )
+
+    sent = []
+    monkeypatch.setattr("torch.distributed.is_initialized", lambda: True)
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, src: sent.append(copy.deepcopy(box[0])))
+    ms("TrainedEightBitLinear")
+    assert wrap(tiny_model("llama"), Auto(tokens=64)).counts() == {"fp8": 14, "bf16": 1}
+    ms("Linear")
+    monkeypatch.setattr("torch.distributed.broadcast_object_list", lambda box, src: box.__setitem__(src, sent[0]))
+    assert wrap(tiny_model("llama"), Auto(tokens=65)).counts() == {"fp8": 14, "bf16": 1}
+
+
 @pytest.mark.parametrize("weights", ["nf4", "fp8"])
 def test_a_converted_layer_frees_its_16_bit_weight_before_the_next_is_moved(weights):
     """Else a device would hold the whole 16-bit model at the end, and an 8B model would not load on a small card."""
