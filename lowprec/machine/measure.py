@@ -46,7 +46,7 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
     progress("disk", 0.0)
     disk, direct = ssd.quick(folder, seconds / 6, min(1.0, seconds / 30))
     progress("memory and links", 0.15)
-    memory = copy_bandwidth(min(2 * GIB, _free_bytes(device) // 4), device)
+    memory = copy_bandwidth(min(2 * GIB if gpu else GIB // 2, _free_bytes(device) // 4), device)
     h2d, d2h = link_bandwidth(GIB // 2, device) if gpu else (memory, memory)
     context_mib = _context_mib(device) if gpu else 0.0
     pinned = pinned_gib() if gpu else None

@@ -53,7 +53,7 @@ def test_far_from_everything_measured_the_bound_decides():
 
 @pytest.fixture(scope="module")
 def measured(tmp_path_factory):
-    return measure(tmp_path_factory.mktemp("disk"), seconds=4.0)
+    return measure(tmp_path_factory.mktemp("disk"), seconds=2.0)
 
 
 def test_this_machine_is_measured_and_read_back(measured, tmp_path, monkeypatch):
