@@ -42,7 +42,7 @@ def same_bits(one, other):
 
 
 @pytest.mark.parametrize("policy", RECOMPUTING)
-@pytest.mark.parametrize("arch", [a for a in ARCHITECTURES if a != "opt"])
+@pytest.mark.parametrize("arch", ARCHITECTURES)
 def test_bits_of_none(arch, policy):
     fields = {"attention_dropout": 0.0}
     same_bits(passes(tiny_model(arch, **fields), policy), passes(tiny_model(arch, **fields), "none"))

@@ -84,6 +84,10 @@ def test_no_trained_token_gives_zero_and_keeps_the_graph():
     loss = linear_cross_entropy(hidden.index_select(0, nothing), weight, targets[nothing])
     loss.backward()
     assert loss == 0 and not hidden.grad.any() and not weight.grad.any()
+    head = LoraHead(weight)
+    loss = head_cross_entropy(head, hidden.index_select(0, nothing), targets[nothing])
+    loss.backward()
+    assert loss == 0 and all(parameter.grad is not None for parameter in head.parameters())
 
 
 @pytest.mark.parametrize("autocast", [False, True])
