@@ -93,13 +93,14 @@ class Session:
         self._host_s_before = 0.0
         self._watches = phases is None
         self._under_way: list[tuple[str, dict[str, float]]] = []
-        self._resources = ExitStack()
-        self.folder = Path(self._resources.enter_context(tempfile.TemporaryDirectory(prefix="lowprec-profile-")))
+        self._hooks = ExitStack()
+        self._temporary = tempfile.TemporaryDirectory(prefix="lowprec-profile-")
+        self.folder = Path(self._temporary.name)
         """Holds the trace until it is saved."""
 
     def __enter__(self) -> "Session":
         if self._watches:
-            self._resources.enter_context(watch_loop(self.model, self.optimizer, self.phases))
+            self._hooks.enter_context(watch_loop(self.model, self.optimizer, self.phases))
         self.phases.begin()
         return self
 
@@ -107,6 +108,7 @@ class Session:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         self.ran_out_of_memory |= isinstance(error, torch.OutOfMemoryError)
+        self._hooks.close()
         if error is None:
             self._read(0)
         self.phases.listeners.clear()

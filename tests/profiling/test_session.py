@@ -36,6 +36,7 @@ def test_any_loop(tmp_path):
                 model(input_ids=IDS, labels=IDS).loss.backward()
                 optimizer.step()
                 optimizer.zero_grad()
+    assert not model._forward_hooks and not any(m._forward_pre_hooks for m in model.modules())
     assert stages == ["warm-up", "measured", "measured", "memory", "kernels", "done"]
     figures = profile.figures()
     assert figures["status"] == "ok" and figures["phases_ms"]["data"] >= 3
