@@ -57,6 +57,9 @@ def attention(
     if unknown:
         raise ValueError(f"{CAUSAL_SDPA} knows no {unknown[0]}")
     window = sliding_window if hides else None
+    kind = query.device.type
+    if torch.is_autocast_enabled(kind) and query.dtype != torch.float64:  # as autocast does for SDPA
+        query, key, value = (t.to(torch.get_autocast_dtype(kind)) for t in (query, key, value))
     parts = [t.transpose(1, 2) for t in (query, key, value)]
     if documents is not None:
         parts = [t.reshape(rows * tokens, t.shape[2], dim) for t in parts]

@@ -185,6 +185,16 @@ class Squares(TorchDispatchMode):
         return result
 
 
+def test_autocast_brings_operands_of_different_dtypes_together():
+    generator = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(1, 2, 9, 8, generator=generator) for _ in range(3))
+    documents = Documents.of([4, 5])
+    exact = attention(None, q, k, v, None, documents=documents)[0]
+    with torch.autocast("cpu", torch.bfloat16):
+        found = attention(None, q, k.bfloat16(), v.bfloat16(), None, documents=documents)[0]
+    assert found.dtype == torch.bfloat16 and sqnr_db(exact, found) > 35
+
+
 @pytest.mark.gpu
 @pytest.mark.parametrize("window", [None, 100])
 @pytest.mark.parametrize("is_packed", [True, False])
