@@ -29,6 +29,7 @@ def fake(monkeypatch):
 
     monkeypatch.setattr(run, "_one", one)
     monkeypatch.setattr(run, "machine_has_gpu", lambda: False)
+    monkeypatch.setattr(run, "_check_machine", lambda works: None)
     return ran, answers
 
 
@@ -78,6 +79,13 @@ def test_names_are_checked_before_anything_runs(tmp_path, fake):
     with pytest.raises(UserError, match="unsloth is not installed"):
         bench_train(["qlora_8b"], ["unsloth"], folder=tmp_path)
     assert not fake[0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_no_gpu_is_said_at_once(tmp_path):
+    with pytest.raises(UserError, match="has none.*tiny_qlora"):
+        bench_train(["tiny_full", "qlora_8b"], folder=tmp_path / "new")
+    assert not (tmp_path / "new").exists()
 
 
 def test_works_of_the_table(tmp_path):

@@ -15,7 +15,7 @@ from lowprec.bench.measure import machine
 from lowprec.bench.train import peers as peers_module
 from lowprec.bench.train.plot import plot
 from lowprec.bench.train.table import markdown
-from lowprec.bench.train.works import TABLE, Work, all_works
+from lowprec.bench.train.works import TABLE, TINY_WORKS, Work, all_works
 from lowprec.errors import UserError
 
 OURS, LIMIT = "lowprec", "limit"
@@ -44,10 +44,11 @@ def bench_train(
         say: told of every run.
 
     Raises:
-        UserError: an unknown work or peer, a peer that is not installed.
+        UserError: an unknown work or peer, a peer that is not installed, no GPU.
     """
     chosen = select(works)
     wanted = _peers(peers)
+    _check_machine(chosen)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     results = folder / RESULTS
@@ -129,6 +130,15 @@ def machine_has_gpu() -> bool:
     import torch
 
     return torch.cuda.is_available()
+
+
+def _check_machine(works: list[Work]) -> None:
+    large = [work.name for work in works if work.family not in TINY_WORKS]
+    if large and not machine_has_gpu():
+        raise UserError(
+            f"`lowprec bench train` measures {large[0]} on a CUDA device, and this machine has none. "
+            f"--works {','.join(TINY_WORKS)} tries it out anywhere."
+        )
 
 
 def _ended_before(work: Work, rows: list[dict], on: str) -> bool:

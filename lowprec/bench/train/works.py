@@ -111,3 +111,5 @@ def all_works() -> dict[str, Work]:
 TABLE = ("qlora_8b", "lora_8bit_8b", "full_1b", "qlora_8b_1x2048", "qlora_8b_capped", "full_1.5b_8gib_cpu",
          "full_1.5b_8gib_ssd", "longest_8b")  # fmt: skip
 """The families of the table; ``grid`` is the other choice."""
+TINY_WORKS = ("tiny_qlora", "tiny_full")
+"""Those that run anywhere."""
