@@ -5,6 +5,7 @@ from dataclasses import asdict, dataclass, field
 
 from rich.console import Console, ConsoleOptions, RenderResult
 from rich.table import Table
+from rich.text import Text
 
 from lowprec.fused.report import FusedRow
 
@@ -76,7 +77,7 @@ class WrapReport:
         """A line for each kernel with what it computes, then one for each reason why the model's own code stays."""
         lines: dict[str, list[str]] = {}
         for row in sorted(self.fused, key=lambda row: not row.fused):
-            what = row.kernel if row.fused else f"{row.kernel} ({row.reason})"
+            what = f"By {row.kernel}" if row.fused else f"By {row.kernel} ({row.reason})"
             lines.setdefault(what, []).append(f"{row.modules} {row.module} ({row.part})")
         return [f"{what}: {', '.join(parts)}." for what, parts in lines.items()]
 
@@ -109,8 +110,9 @@ class WrapReport:
             table.add_row(*cells, *([str(block or "")] if show_rotation else []), reason)
         return table
 
-    def _caption(self) -> str:
-        return "\n".join([self.summary(), *self.notes, *self.fused_lines()])
+    def _caption(self) -> Text:
+        """As plain text: a reason may name a package with an extra, whose brackets are no markup."""
+        return Text("\n".join([self.summary(), *self.notes, *self.fused_lines()]))
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
         yield self.table()

@@ -176,7 +176,7 @@ class Run:
             use_liger_kernel=options.use_liger_kernel,
         )
         plain = [f"All {len(layers.rows)} linear layers stay in {recipe.model.dtype}.", *layers.fused_lines()]
-        self.console.print(layers if layers.converted else "\n".join(plain), highlight=False)
+        self.console.print(layers if layers.converted else "\n".join(plain), markup=False, highlight=False)
         self.model = recipe.adapter.attach(self.model)
         self._use_cache = self.model.config.use_cache
         self.model.config.use_cache = False  # of no use in training; put back in what is saved

@@ -162,6 +162,11 @@ def test_off_and_elsewhere_the_report_says_why():
     assert here.to_dict()["fused"][0]["module"] == "LlamaRMSNorm"
 
 
+def test_what_to_install_is_printed_with_its_brackets(monkeypatch):
+    monkeypatch.setattr(lowprec.fused.surgery, "why_no_liger", lambda device: "pip install 'lowprec[cuda]'")
+    assert "lowprec[cuda]" in " ".join(str(wrap(tiny_model("llama"), "bf16")).split())
+
+
 class OtherRMSNorm(nn.Module):
     """RMSNorm in name, and in what attributes it has."""
 
