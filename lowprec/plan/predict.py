@@ -81,6 +81,7 @@ class Planner:
         self.config, self.machine = config, machine
         self._card = machine or named_card(UNKNOWN_CARD)
         self._depth = config.get_text_config().num_hidden_layers
+        self.vocab_size: int = config.get_text_config().vocab_size
         self._traced: dict[str, TracedRecipe] = {}
         self._whole: set[str] = set()
         self._known: dict[tuple[str, int, int], Prediction] = {}
@@ -108,9 +109,9 @@ class Planner:
     def _key(self, recipe: Recipe) -> str:
         """What the traced model depends on: all but the size of the batch."""
         train = replace(recipe.train, per_device_train_batch_size=1, output_dir=None)
-        return replace(recipe, train=train, data=replace(recipe.data, max_length=2048)).to_yaml()
+        return repr(replace(recipe, train=train, data=replace(recipe.data, max_length=2048)))
 
-    def _trace(self, recipe: Recipe, key: str, rows: int, length: int) -> tuple[TracedRecipe, Tape | Stretched]:
+    def _trace(self, recipe: Recipe, key: str, rows: int, length: int) -> tuple[TracedRecipe, Tape | Stretched, Peak]:
         few = has_like_layers(self.config) and self._depth > TEMPLATE_LAYERS and key not in self._whole
         if key not in self._traced:
             config = with_layers(self.config, TEMPLATE_LAYERS) if few else self.config
@@ -118,21 +119,19 @@ class Planner:
         traced = self._traced[key]
         tape = traced.trace(rows, length)
         if not few:
-            return traced, tape
+            return traced, tape, peak_of(tape)
         try:
             stretched = tape.stretched(self._depth)
-            peak_of(stretched)
-            return traced, stretched
+            return traced, stretched, peak_of(stretched)
         except NotUniformError:
             self._whole.add(key)
             del self._traced[key]
             return self._trace(recipe, key, rows, length)
 
     def _predict(self, recipe: Recipe, key: str, rows: int, length: int) -> Prediction:
-        traced, tape = self._trace(recipe, key, rows, length)
+        traced, tape, peak = self._trace(recipe, key, rows, length)
         trained = traced.trained if isinstance(tape, Tape) else _all_layers(traced, self._depth)
         states = states_of(recipe, trained)
-        peak = peak_of(tape)
         # lowprec switches expandable segments on, which PyTorch has on Linux alone.
         reserved = CachingAllocator(expandable=sys.platform == "linux").replay(tape.events())
         accumulated = recipe.train.gradient_accumulation_steps

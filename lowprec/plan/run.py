@@ -7,7 +7,6 @@ from typing import Any
 import torch
 
 from lowprec.config import Recipe, resolve
-from lowprec.errors import UserError
 from lowprec.machine import NAMED_CARDS, Machine, named_card, this_machine
 from lowprec.plan.predict import Planner, model_config, parse_gib
 from lowprec.plan.report import Plan
@@ -39,7 +38,8 @@ def plan(
     Raises:
         UserError: a mistake in the recipe, no configuration of the model, an unknown card.
     """
-    chosen, notes = _resolved(recipe, list(overrides))
+    given = _named(list(overrides))
+    chosen, notes = resolve(recipe, given)
     found, told = (machine, []) if machine is not None else find_machine(gpu)
     notes += told
     limit = parse_gib(vram) if isinstance(vram, str) else vram
@@ -62,24 +62,14 @@ def plan(
         machine=found,
         vram_gib=limit,
         largest=largest(planner, chosen, nbytes),
-        advice=[] if fits else advice(planner, recipe, _named(list(overrides)), chosen, nbytes),
-        nearest_recipe=None if fits else nearest_recipe(planner, recipe, _named(list(overrides)), chosen, nbytes),
+        advice=[] if fits else advice(planner, recipe, given, chosen, nbytes),
+        nearest_recipe=None if fits else nearest_recipe(planner, recipe, given, chosen, nbytes),
         notes=notes,
     )
 
 
-def _resolved(name: str, overrides: list[str]) -> tuple[Recipe, list[str]]:
-    try:
-        return resolve(name, overrides)
-    except UserError as error:
-        if "data.path is not set" not in str(error):
-            raise
-        return resolve(name, [*overrides, NO_DATA])
-
-
 def _named(overrides: list[str]) -> list[str]:
-    has_data = any(item.startswith(("data.path=", "data=")) for item in overrides)
-    return overrides if has_data else [*overrides, NO_DATA]
+    return overrides if any(item.startswith("data.path=") for item in overrides) else [*overrides, NO_DATA]
 
 
 def _limits_of(recipe: Recipe) -> list[str]:

@@ -11,6 +11,8 @@ from lowprec.recipes import shipped_recipes
 
 LENGTH_STEP = 64
 MOST_ROWS = 512
+TRACED_LOGITS = 2**32
+"""A step of more logits than these (tokens times vocabulary) is not traced to find the largest batch."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -32,18 +34,20 @@ def largest(planner: Planner, recipe: Recipe, limit: float) -> tuple[int, int] |
     now = planner.predict(recipe)
     if now.peak.by_phase["model"] + now.context > limit:
         return None  # what is there before the first token is too much already
-    found = last_that_fits(lambda count: planner.predict(recipe, count, length).total, limit, rows, MOST_ROWS)
+    believed = max(TRACED_LOGITS // (length * planner.vocab_size), 2 * rows)
+    found = last_that_fits(lambda count: planner.predict(recipe, count, length).total, limit, rows, MOST_ROWS, believed)
     if found:
         return found, length
     most = max(length // LENGTH_STEP, 1)
-    steps = last_that_fits(lambda count: planner.predict(recipe, 1, count * LENGTH_STEP).total, limit, most, most)
+    steps = last_that_fits(lambda count: planner.predict(recipe, 1, count * LENGTH_STEP).total, limit, most, most, most)
     return (1, steps * LENGTH_STEP) if steps else None
 
 
-def last_that_fits(need: Callable[[int], int], limit: float, start: int, most: int) -> int:
+def last_that_fits(need: Callable[[int], int], limit: float, start: int, most: int, believed: int) -> int:
     """The largest count up to ``most`` whose need is within the limit, 0 for none.
 
-    Needs rise almost along a line, so the line through the two counts nearest to the limit says where to look.
+    Needs rise almost along a line, so the line through the two counts nearest to the limit says where to look. Beyond
+    the count ``believed`` it is believed.
     """
     known = {start: need(start)}
     fits, fails = 0, most + 1
@@ -56,15 +60,18 @@ def last_that_fits(need: Callable[[int], int], limit: float, start: int, most: i
         if fails - fits <= 1:
             return fits
         if len(known) == 1:
-            guess = max(start // 2, 1) if start > 1 else 2
+            guess = 2 * start if fits else max(start // 2, 1)
         else:
             first, second = sorted(known, key=lambda count: abs(known[count] - limit))[:2]
             slope = max((known[second] - known[first]) / (second - first), 1.0)
-            reach = (limit - known[first]) / slope
-            guess = first + int(reach // 1)
+            guess = first + int((limit - known[first]) / slope // 1)
             if len(known) > 3 and len(known) % 2:  # where needs rise in steps, the line may lead nowhere
                 guess = (fits + fails) // 2
         guess = min(max(guess, fits + 1), fails - 1)
+        if guess > believed:
+            if believed in known:
+                return guess
+            guess = believed
         known[guess] = need(guess)
 
 

@@ -63,12 +63,13 @@ def test_parts_sum_to_the_peak_and_all_fields_are_there(full):
     assert answer["step_time_ms"] > 0 and answer["tokens_per_second"] > 0
 
 
-def test_the_largest_batch_fits_and_the_next_one_does_not(full):
+def test_the_largest_batch_fits_and_a_larger_one_does_not(full):
     rows, length = full.largest
     assert length == 64 and 4 <= rows < 512
     planner = Planner(tiny_model("llama", num_hidden_layers=7).config, full.machine)
-    need = [planner.predict(full.recipe, count, length).total for count in (rows, rows + 1)]
-    assert need[0] <= 0.45 * GIB < need[1]
+    # Allocated memory rises along a line; what is reserved comes in pages of 20 MiB.
+    need = [planner.predict(full.recipe, count, length).total for count in (rows, rows + 3)]
+    assert need[0] <= 0.45 * GIB + 20 * 2**20 and need[1] > 0.45 * GIB
 
 
 def test_what_does_not_fit_gets_advice_and_another_recipe(folder, full, too_large):
@@ -91,12 +92,14 @@ def test_what_does_not_fit_gets_advice_and_another_recipe(folder, full, too_larg
 
 def test_policies_are_tried_from_the_fastest_on(folder):
     recipe, _ = resolve("lora", [f"model.model_name_or_path={folder}", "data.path=x", "data.max_length=512"])
+    chance = torch.get_rng_state()
     planner = Planner(tiny_model("llama", num_hidden_layers=7).config, None)
     needs = {p: planner.predict(with_checkpointing(recipe, p)).total / GIB for p in ("none", "full")}
     assert needs["full"] < needs["none"]
     assert fitting_policy(planner, recipe, needs["none"])[0] == "none"
     assert fitting_policy(planner, recipe, needs["full"])[0] != "none"
     assert fitting_policy(planner, recipe, 0.001)[0] == "offload"
+    assert torch.equal(torch.get_rng_state(), chance), "training that asks for a plan must not change by it"
 
 
 def test_without_a_card_there_are_no_times(folder, monkeypatch, tmp_path):
@@ -144,7 +147,7 @@ def test_amounts_of_memory_are_read_with_their_units():
         parse_gib("-1GiB")
 
 
-@pytest.mark.parametrize("limit", [0, 1, 37, 480, 481, 5000])
+@pytest.mark.parametrize("limit", [0, 1, 37, 102, 160, 161, 481, 5000])
 def test_the_search_ends_at_the_last_that_fits(limit):
     asked: list[int] = []
 
@@ -153,8 +156,9 @@ def test_the_search_ends_at_the_last_that_fits(limit):
         return 10 * count + (count // 7) * 3  # almost a line
 
     expected = max((count for count in range(1, 513) if 10 * count + (count // 7) * 3 <= limit), default=0)
-    assert last_that_fits(need, limit, 4, 512) == expected
-    assert len(asked) <= 12
+    found = last_that_fits(need, limit, 4, 512, believed=16)
+    assert found == (expected if expected <= 16 else pytest.approx(expected, rel=0.03))
+    assert len(asked) <= 8 and max(asked) <= 17
 
 
 @pytest.mark.parametrize(
