@@ -181,9 +181,9 @@ def test_auto_without_a_gpu_is_16_bits_and_a_gpu_is_asked(monkeypatch, tmp_path)
         return ms[name]
 
     monkeypatch.setattr("lowprec.layers.nf4.milliseconds_of", pretend)
-    scheme, reason = NF4()._verdict(linear(), None)
+    scheme, reason = NF4(min_sqnr_db=20)._verdict(linear(), None)
     assert scheme.product == "fp8" and "3.00x 16 bits" in reason and "normal numbers" in reason
-    scheme, reason = NF4(min_sqnr_db=33)._verdict(linear(), None)
+    scheme, reason = NF4()._verdict(linear(), None)
     assert scheme.product == "int8" and asked == ["bf16", "fp8", "int8"]  # times are remembered
     scheme, reason = NF4(min_sqnr_db=60)._verdict(linear(), None)
     assert scheme.product == "bf16" and "is under 60" in reason
