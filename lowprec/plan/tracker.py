@@ -26,7 +26,7 @@ _NO_KERNEL = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.ne
 
 
 class Tracker(TorchDispatchMode):
-    """Writes ``tape`` while it is entered. ``vocab_size`` tells logits by their shape."""
+    """Writes ``tape`` while it is entered. ``vocab_size`` tells logits, and gradients of embeddings, by their shape."""
 
     def __init__(self, vocab_size: int | None = None):
         super().__init__()
@@ -87,13 +87,20 @@ class Tracker(TorchDispatchMode):
         place = storage._cdata
         number = self._number.get(place)
         if number is None:
-            logits = self._vocab_size is not None and self._vocab_size in tensor.shape
-            kind = "logits" if logits else "activations" if self.keeps else "workspace"
-            number = self._new(storage.nbytes(), kind)
+            number = self._new(storage.nbytes(), self._kind(tensor))
             self._number[place] = number
             self._references[number] = weakref.ref(storage, self._gone(number, place))
             self.tape.runs[-1].events.append(2 * number)
         return number
+
+    def _kind(self, tensor: torch.Tensor) -> str:
+        """What is not told by ``hold``, by its shape and by when it comes."""
+        if self._vocab_size is not None and tensor.ndim > 1:
+            if tensor.shape[-1] == self._vocab_size:
+                return "logits"
+            if tensor.shape[0] == self._vocab_size:  # of the embeddings or the head, before it is theirs
+                return "gradients"
+        return "activations" if self.keeps else "workspace"
 
     def _new(self, nbytes: int, kind: str) -> int:
         self.tape.sizes.append(nbytes)
