@@ -180,7 +180,9 @@ def _explain(name: str, error: Exception) -> str:
     if named is None:
         return f"{name}: {text}"
     if isinstance(named, ValidationError):
-        return f"{named.full_key}: {str(named).splitlines()[0]}."
+        if "is not a ListConfig" in str(named):
+            return f"{named.full_key} is a list: write it in brackets, such as {named.full_key}=[one,two]; [] is none."
+        return f"{named.full_key}: {str(named).splitlines()[0].rstrip('.')}."
     with initialize_config_dir(str(SHIPPED), version_base="1.3"):
         schema = compose(SCHEMA_NAME)
     return f"{name}: {override_rules.unknown_key(str(named.full_key), schema)}"

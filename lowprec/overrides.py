@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -137,6 +138,11 @@ def schema_keys(config: DictConfig) -> list[str]:
     return keys
 
 
+def _option_keys(group: str, name: str) -> list[str]:
+    node = ConfigStore.instance().load(f"{group}/{name}.yaml").node
+    return [field.name for field in fields(OmegaConf.get_type(node))]
+
+
 def check_keys(overrides: list[str], config: DictConfig) -> None:
     """Refuse keys that the recipe does not have, naming the nearest that it has.
 
@@ -163,7 +169,13 @@ def unknown_key(key: str, config: DictConfig) -> str:
         chosen = getattr(OmegaConf.get_type(config, group), "option_name", "?")
         mine = [k.partition(".")[2] for k in known if k.startswith(f"{group}.")]
         near = difflib.get_close_matches(leaf, mine, n=1, cutoff=0.5)
-        hint = f"Did you mean {group}.{near[0]}?" if near else f"It has: {', '.join(mine) or 'none'}."
+        others = [name for name in option_names(group) if leaf in _option_keys(group, name)]
+        if near:
+            hint = f"Did you mean {group}.{near[0]}?"
+        elif others:
+            hint = f"{group}={' and '.join(others)} has it: set that, or remove the key."
+        else:
+            hint = f"It has: {', '.join(mine)}." if mine else "It has no keys."
         return (
             f"Unknown key {key}: {group}={chosen} has no key '{leaf}'. {hint} The choices of {group} are "
             f"{', '.join(option_names(group))}."

@@ -70,11 +70,15 @@ def test_a_user_s_recipe_inherits_a_shipped_one_and_has_presets_of_its_own(tmp_p
         ("data.path=[a", "key=value"),
         ("data=nowhere", "python_docs"),
         ("model.dtype=bf17", "bf16"),
+        ("train.report_to=wandb", "in brackets"),
+        ("adapter.modules_to_save=lm_head", "in brackets"),
+        ("state_store.path=/x", "state_store=ssd has it"),
+        ("optimizer=adamw_8bit optimizer.master=none", "optimizer=adamw has it"),
     ],
 )
 def test_mistakes_name_the_remedy(override, named):
     with pytest.raises(UserError) as error:
-        resolve("lora", [*MODEL_AND_DATA, override])
+        resolve("lora", [*MODEL_AND_DATA, *override.split()])
     assert named in str(error.value)
     assert "\n" not in str(error.value)
 
