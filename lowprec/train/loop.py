@@ -16,7 +16,7 @@ from lowprec.attention import attend_without_masks, mask_note
 from lowprec.checkpoint import atomic_folder, is_disk_full, prune
 from lowprec.config import Recipe
 from lowprec.data import StepBatch, StepLoader, fit_to_model, prepare_data
-from lowprec.display import Display
+from lowprec.display import Display, make_console
 from lowprec.errors import UserError
 from lowprec.model import COMPUTE_DTYPE, load_model, load_tokenizer
 from lowprec.optim import AdamW
@@ -54,7 +54,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Status:
         UserError: bad data, model or folder; a loss that is not finite; not enough memory; a full disk.
     """
     accelerator, note = start_accelerator(recipe)
-    console = (console or Console()) if accelerator.is_main_process else Console(quiet=True)
+    console = (console or make_console()) if accelerator.is_main_process else Console(quiet=True)
     folder = claim_run_folder(recipe, accelerator)
     if note is not None:
         console.print(note, highlight=False)
