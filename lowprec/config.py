@@ -101,7 +101,7 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[st
     with _config_folder(recipe) as (folder, name, search_path, yaml_messages):
         choices = [a for a in arguments if "." not in a.partition("=")[0]]
         config = _compose(folder, name, search_path, choices)
-        override_rules.check_keys(arguments, config)
+        arguments = override_rules.check_keys(arguments, config)
         config = _compose(folder, name, search_path, arguments)
     if OmegaConf.is_missing(config, "name"):
         config.name = name

@@ -5,7 +5,7 @@ mistakes, so every key is held against the composed recipe's schema before anyth
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
@@ -129,13 +129,16 @@ def rename_yaml_aliases(node: Mapping[str, Any], source: str) -> tuple[dict[str,
 
 def schema_keys(config: DictConfig) -> list[str]:
     """Every dotted key of a composed recipe, groups included: ``train``, ``train.max_steps``, ..."""
-    keys = []
-    for group in map(str, config):
-        keys.append(group)
-        option_type = OmegaConf.get_type(config, group)
-        if is_dataclass(option_type):
-            keys += [f"{group}.{field.name}" for field in fields(option_type)]
-    return keys
+    return [key for key, _ in _typed_keys(config, "")]
+
+
+def _typed_keys(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every dotted key below a node, and the type of its value."""
+    for name in map(str, node):
+        kind = OmegaConf.get_type(node, name)
+        yield prefix + name, kind
+        if is_dataclass(kind):
+            yield from _typed_keys(node[name], f"{prefix}{name}.")
 
 
 def _option_keys(group: str, name: str) -> list[str]:
@@ -143,19 +146,27 @@ def _option_keys(group: str, name: str) -> list[str]:
     return [field.name for field in fields(OmegaConf.get_type(node))]
 
 
-def check_keys(overrides: list[str], config: DictConfig) -> None:
+def check_keys(overrides: list[str], config: DictConfig) -> list[str]:
     """Refuse keys that the recipe does not have, naming the nearest that it has.
 
     Args:
         overrides: ``key=value`` with canonical names.
         config: the recipe composed with the group choices alone.
+
+    Returns:
+        The overrides as Hydra reads them: keys below a field of type dict are free
+        (``optimizer.lr_scheduler_kwargs.num_cycles``), and Hydra wants to be told that they are new.
     """
-    known = schema_keys(config)
+    kinds = dict(_typed_keys(config, ""))
+    checked = []
     for override in overrides:
         key = override.partition("=")[0]
-        # Keys below a field of type dict (optimizer.lr_scheduler_kwargs.num_cycles) are free.
-        if key not in known and ".".join(key.split(".")[:2]) not in (k for k in known if "." in k):
+        parts = key.split(".")
+        free = any(kinds.get(".".join(parts[:length])) is dict for length in range(1, len(parts)))
+        if key not in kinds and not free:
             raise UserError(unknown_key(key, config))
+        checked.append(f"++{override}" if free else override)
+    return checked
 
 
 def unknown_key(key: str, config: DictConfig) -> str:

@@ -71,6 +71,7 @@ def test_a_user_s_recipe_inherits_a_shipped_one_and_has_presets_of_its_own(tmp_p
         ("data=nowhere", "python_docs"),
         ("model.dtype=bf17", "bf16"),
         ("train.report_to=wandb", "in brackets"),
+        ("data.columns.prmpt=question", "Did you mean data.columns.prompt?"),
         ("adapter.modules_to_save=lm_head", "in brackets"),
         ("state_store.path=/x", "state_store=ssd has it"),
         ("optimizer=adamw_8bit optimizer.master=none", "optimizer=adamw has it"),
@@ -166,6 +167,16 @@ def test_copied_recipe_composes(tmp_path):
     for wrong, named in (("my_full.txt", ".yaml"), ("full.yaml", "shipped"), ("new/my_full.yaml", "exists")):
         with pytest.raises(UserError, match=named):
             copy_recipe("full", str(tmp_path / wrong))
+
+
+@pytest.mark.parametrize("plus", ["", "+", "++"])
+def test_keys_below_a_dict_are_free(plus):
+    overrides = [
+        "optimizer.lr_scheduler_type=cosine_with_restarts",
+        f"{plus}optimizer.lr_scheduler_kwargs.num_cycles=2",
+    ]
+    recipe, _ = resolve("lora", [*MODEL_AND_DATA, *overrides, f"{plus}adapter.rank_pattern.q_proj=4"])
+    assert recipe.optimizer.lr_scheduler_kwargs == {"num_cycles": 2} and recipe.adapter.rank_pattern == {"q_proj": 4}
 
 
 def test_nested_option_fields_survive_the_round_trip():
