@@ -14,13 +14,13 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-import lowprec.adapter  # noqa: F401  registers the options of its group, as do the next two
+import lowprec.adapter  # noqa: F401  registers the options of its group, as do lowprec.layers and lowprec.optim.options
 import lowprec.layers  # noqa: F401
-import lowprec.optim.options  # noqa: F401
 from lowprec import overrides as override_rules
 from lowprec.data import Data
 from lowprec.errors import UserError
 from lowprec.model import Model
+from lowprec.optim.options import check_schedule
 from lowprec.option import option_names
 from lowprec.prepare import Wrap
 from lowprec.profiling.options import Profile
@@ -228,6 +228,8 @@ def _check(recipe: Recipe) -> Recipe:
             "model.dtype=fp16 cannot train all weights (its gradients under- and overflow): set model.dtype=bf16, "
             "or adapter=lora, whose parameters are fp32."
         )
+    if train.max_steps is not None:
+        check_schedule(recipe.optimizer, train.max_steps)
     for warning_source in (recipe.optimizer, recipe.state_store):
         check = getattr(warning_source, "check", None)
         if check is not None:

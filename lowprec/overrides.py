@@ -154,15 +154,16 @@ def check_keys(overrides: list[str], config: DictConfig) -> list[str]:
         config: the recipe composed with the group choices alone.
 
     Returns:
-        The overrides as Hydra reads them: keys below a field of type dict are free
-        (``optimizer.lr_scheduler_kwargs.num_cycles``), and Hydra wants to be told that they are new.
+        The overrides as Hydra reads them: what is below a field of type dict is free
+        (``optimizer.lr_scheduler_kwargs.num_cycles=2``, ``optimizer.lr_scheduler_kwargs={num_cycles:2}``), and Hydra
+        wants to be told that it is new.
     """
     kinds = dict(_typed_keys(config, ""))
     checked = []
     for override in overrides:
         key = override.partition("=")[0]
         parts = key.split(".")
-        free = any(kinds.get(".".join(parts[:length])) is dict for length in range(1, len(parts)))
+        free = any(kinds.get(".".join(parts[:length])) is dict for length in range(1, len(parts) + 1))
         if key not in kinds and not free:
             raise UserError(unknown_key(key, config))
         checked.append(f"++{override}" if free else override)

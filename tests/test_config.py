@@ -148,6 +148,11 @@ def test_alias_and_key_with_different_values():
         (["data.streaming=true"], "train.max_steps"),
         (["adapter=none", "model.dtype=fp16"], "model.dtype=bf16"),
         (["state_store=ssd"], "state_store.path"),
+        (["optimizer.warmup_steps=9", "train.max_steps=8"], "optimizer.warmup_steps=9 is more than the run's 8 steps"),
+        (
+            ["optimizer.lr_scheduler_kwargs={num_cycle:2}", "optimizer.lr_scheduler_type=cosine", "train.max_steps=8"],
+            "num_cycles",
+        ),
         (["optimizer=adamw_8bit", "state_store=cpu"], "optimizer=adamw"),
     ],
 )
@@ -169,14 +174,16 @@ def test_copied_recipe_composes(tmp_path):
             copy_recipe("full", str(tmp_path / wrong))
 
 
-@pytest.mark.parametrize("plus", ["", "+", "++"])
-def test_keys_below_a_dict_are_free(plus):
-    overrides = [
-        "optimizer.lr_scheduler_type=cosine_with_restarts",
-        f"{plus}optimizer.lr_scheduler_kwargs.num_cycles=2",
-    ]
-    recipe, _ = resolve("lora", [*MODEL_AND_DATA, *overrides, f"{plus}adapter.rank_pattern.q_proj=4"])
+@pytest.mark.parametrize(
+    "written", ["kwargs.num_cycles=2", "+kwargs.num_cycles=2", "++kwargs.num_cycles=2", "kwargs={num_cycles:2}"]
+)
+def test_what_is_below_a_dict_is_free(written, tmp_path):
+    override = written.replace("kwargs", "optimizer.lr_scheduler_kwargs")
+    cosine = "optimizer.lr_scheduler_type=cosine_with_restarts"
+    recipe, _ = resolve("lora", [*MODEL_AND_DATA, cosine, override, "adapter.rank_pattern.q_proj=4"])
     assert recipe.optimizer.lr_scheduler_kwargs == {"num_cycles": 2} and recipe.adapter.rank_pattern == {"q_proj": 4}
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert resolve(str(tmp_path / "again.yaml"))[0].optimizer.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
 def test_nested_option_fields_survive_the_round_trip():
