@@ -142,8 +142,9 @@ def _typed_keys(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
 
 
 def _option_keys(group: str, name: str) -> list[str]:
-    node = ConfigStore.instance().load(f"{group}/{name}.yaml").node
-    return [field.name for field in fields(OmegaConf.get_type(node))]
+    chosen = OmegaConf.get_type(ConfigStore.instance().load(f"{group}/{name}.yaml").node)
+    assert is_dataclass(chosen)
+    return [field.name for field in fields(chosen)]
 
 
 def check_keys(overrides: list[str], config: DictConfig) -> list[str]:

@@ -3,7 +3,6 @@
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +23,7 @@ from lowprec.optim.options import build_schedule
 from lowprec.prepare import wrap
 from lowprec.profiling.probe import Probes
 from lowprec.report import dtypes, peak_memory
-from lowprec.run_folder import RunFolder, Status, read_report
+from lowprec.run_folder import RunFolder, Status
 from lowprec.train.batch_size import settle_batch_size
 from lowprec.train.calibration import calibration_batch
 from lowprec.train.clock import Mark
@@ -35,7 +34,7 @@ from lowprec.train.launch import claim_run_folder, start_accelerator
 from lowprec.train.nonfinite import NonFiniteError, find_origin
 from lowprec.train.out_of_memory import OutOfMemoryError, explain
 from lowprec.train.recorder import Recorder
-from lowprec.train.resume import check_same_run
+from lowprec.train.resume import check_same_run, nothing_to_do
 from lowprec.train.state import TrainState, random_state, trainable
 from lowprec.train.step import StepScalars, TrainStep
 
@@ -59,7 +58,7 @@ def train(recipe: Recipe, console: Console | None = None) -> Status:
     if note is not None:
         console.print(note, highlight=False)
     if folder is None:
-        console.print(_nothing_to_do(recipe), markup=False)
+        console.print(nothing_to_do(recipe), markup=False)
         return Status.FINISHED
     try:
         with stop_on_signals() as stop:
@@ -67,17 +66,6 @@ def train(recipe: Recipe, console: Console | None = None) -> Status:
     finally:
         accelerator.end_training()
         folder.close()
-
-
-def _nothing_to_do(recipe: Recipe) -> str:
-    steps = read_report(Path(str(recipe.train.output_dir))).get("steps")
-    text = f"{recipe.train.output_dir} holds a finished run of {steps} steps, and its final/ is whole. Nothing to do."
-    if recipe.train.max_steps not in (None, steps):
-        text += (
-            f" train.max_steps={recipe.train.max_steps} was not applied: to train on, resume from a checkpoint of this "
-            "run into another train.output_dir."
-        )
-    return text
 
 
 @dataclass
