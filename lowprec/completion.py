@@ -2,15 +2,16 @@
 
 from lowprec.recipes import shipped_recipes
 
-VERBS = ("train", "profile", "recipes", "merge", "doctor", "bench", "ssd", "completion")
+VERBS = ("train", "plan", "profile", "recipes", "merge", "doctor", "bench", "ssd", "completion")
 
 _BASH = """_lowprec() {{
     local word=${{COMP_WORDS[COMP_CWORD]}}
     case $COMP_CWORD in
         1) COMPREPLY=($(compgen -W "{verbs}" -- "$word")) ;;
         2) case ${{COMP_WORDS[1]}} in
-               train|profile) COMPREPLY=($(compgen -W "{recipes}" -- "$word") $(compgen -f -X '!*.yaml' -- "$word")) ;;
-               bench) COMPREPLY=($(compgen -W "linear rotate matmul ssd train" -- "$word")) ;;
+               train|plan|profile)
+                   COMPREPLY=($(compgen -W "{recipes}" -- "$word") $(compgen -f -X '!*.yaml' -- "$word")) ;;
+               bench) COMPREPLY=($(compgen -W "linear rotate matmul plan ssd train" -- "$word")) ;;
                ssd) COMPREPLY=($(compgen -W "clean export" -- "$word")) ;;
                recipes) COMPREPLY=($(compgen -W "ls show cp" -- "$word")) ;;
                completion) COMPREPLY=($(compgen -W "bash zsh" -- "$word")) ;;

@@ -14,13 +14,13 @@ from hydra.errors import ConfigCompositionException, HydraException, MissingConf
 from omegaconf import MISSING, DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException, ValidationError
 
-import lowprec.adapter  # noqa: F401  registers the options of its group, as do the next two
+import lowprec.adapter  # noqa: F401  registers the options of its group, as do lowprec.layers and lowprec.optim.options
 import lowprec.layers  # noqa: F401
-import lowprec.optim.options  # noqa: F401
 from lowprec import overrides as override_rules
 from lowprec.data import Data
 from lowprec.errors import UserError
 from lowprec.model import Model
+from lowprec.optim.options import check_schedule
 from lowprec.option import option_names
 from lowprec.prepare import Wrap
 from lowprec.profiling.options import Profile
@@ -101,7 +101,7 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[st
     with _config_folder(recipe) as (folder, name, search_path, yaml_messages):
         choices = [a for a in arguments if "." not in a.partition("=")[0]]
         config = _compose(folder, name, search_path, choices)
-        override_rules.check_keys(arguments, config)
+        arguments = override_rules.check_keys(arguments, config)
         config = _compose(folder, name, search_path, arguments)
     if OmegaConf.is_missing(config, "name"):
         config.name = name
@@ -180,7 +180,9 @@ def _explain(name: str, error: Exception) -> str:
     if named is None:
         return f"{name}: {text}"
     if isinstance(named, ValidationError):
-        return f"{named.full_key}: {str(named).splitlines()[0]}."
+        if "is not a ListConfig" in str(named):
+            return f"{named.full_key} is a list: write it in brackets, such as {named.full_key}=[one,two]; [] is none."
+        return f"{named.full_key}: {str(named).splitlines()[0].rstrip('.')}."
     with initialize_config_dir(str(SHIPPED), version_base="1.3"):
         schema = compose(SCHEMA_NAME)
     return f"{name}: {override_rules.unknown_key(str(named.full_key), schema)}"
@@ -226,6 +228,8 @@ def _check(recipe: Recipe) -> Recipe:
             "model.dtype=fp16 cannot train all weights (its gradients under- and overflow): set model.dtype=bf16, "
             "or adapter=lora, whose parameters are fp32."
         )
+    if train.max_steps is not None:
+        check_schedule(recipe.optimizer, train.max_steps)
     for warning_source in (recipe.optimizer, recipe.state_store):
         check = getattr(warning_source, "check", None)
         if check is not None:

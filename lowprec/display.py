@@ -1,5 +1,6 @@
 """What the user sees while a run goes on: a live bar on a terminal, plain lines in a log file."""
 
+import os
 import time
 from types import TracebackType
 from typing import Any
@@ -8,6 +9,15 @@ from rich.console import Console
 from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeElapsedColumn, TimeRemainingColumn
 
 _SECONDS_BETWEEN_LINES = 10.0
+_LOG_WIDTH = 160
+
+
+def make_console() -> Console:
+    """Standard output, as wide as its terminal; in a log file wide enough that lines and tables stay whole."""
+    console = Console()
+    if not console.is_terminal and "COLUMNS" not in os.environ:
+        console.width = _LOG_WIDTH
+    return console
 
 
 class Display:

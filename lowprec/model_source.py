@@ -97,8 +97,14 @@ def _check_folder(name: str, folder: Path) -> None:
             )
         if ggufs:
             raise UserError(f"{KEY}={name} is a folder of GGUF files. Name the file: {', '.join(ggufs)}.")
+        final = Path(name) / "final"
         if (folder / "final" / "config.json").is_file():
-            raise UserError(f"{KEY}={name} is a run folder. Its trained model is {Path(name) / 'final'}.")
+            raise UserError(f"{KEY}={name} is a run folder. Its trained model is {final}.")
+        if (folder / "final" / "adapter_config.json").is_file():
+            raise UserError(
+                f"{KEY}={name} is a run folder, and what it trained is an adapter. Name the base model"
+                f"{_adapter_base(folder / 'final')}, or merge the two first: lowprec merge {name} OUTPUT"
+            )
         raise UserError(
             f"{KEY}={name}: the folder has no config.json, so it is no Hugging Face model. It holds "
             f"{', '.join(files[:8]) or 'nothing'}{', ...' if len(files) > 8 else ''}."

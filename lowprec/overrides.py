@@ -5,10 +5,11 @@ mistakes, so every key is held against the composed recipe's schema before anyth
 """
 
 import difflib
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import fields, is_dataclass
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from hydra.core.override_parser.overrides_parser import OverridesParser
 from hydra.core.override_parser.types import Override
 from hydra.errors import HydraException
@@ -128,28 +129,46 @@ def rename_yaml_aliases(node: Mapping[str, Any], source: str) -> tuple[dict[str,
 
 def schema_keys(config: DictConfig) -> list[str]:
     """Every dotted key of a composed recipe, groups included: ``train``, ``train.max_steps``, ..."""
-    keys = []
-    for group in map(str, config):
-        keys.append(group)
-        option_type = OmegaConf.get_type(config, group)
-        if is_dataclass(option_type):
-            keys += [f"{group}.{field.name}" for field in fields(option_type)]
-    return keys
+    return [key for key, _ in _typed_keys(config, "")]
 
 
-def check_keys(overrides: list[str], config: DictConfig) -> None:
+def _typed_keys(node: DictConfig, prefix: str) -> Iterator[tuple[str, Any]]:
+    """Every dotted key below a node, and the type of its value."""
+    for name in map(str, node):
+        kind = OmegaConf.get_type(node, name)
+        yield prefix + name, kind
+        if is_dataclass(kind):
+            yield from _typed_keys(node[name], f"{prefix}{name}.")
+
+
+def _option_keys(group: str, name: str) -> list[str]:
+    chosen = OmegaConf.get_type(ConfigStore.instance().load(f"{group}/{name}.yaml").node)
+    assert is_dataclass(chosen)
+    return [field.name for field in fields(chosen)]
+
+
+def check_keys(overrides: list[str], config: DictConfig) -> list[str]:
     """Refuse keys that the recipe does not have, naming the nearest that it has.
 
     Args:
         overrides: ``key=value`` with canonical names.
         config: the recipe composed with the group choices alone.
+
+    Returns:
+        The overrides as Hydra reads them: what is below a field of type dict is free
+        (``optimizer.lr_scheduler_kwargs.num_cycles=2``, ``optimizer.lr_scheduler_kwargs={num_cycles:2}``), and Hydra
+        wants to be told that it is new.
     """
-    known = schema_keys(config)
+    kinds = dict(_typed_keys(config, ""))
+    checked = []
     for override in overrides:
         key = override.partition("=")[0]
-        # Keys below a field of type dict (optimizer.lr_scheduler_kwargs.num_cycles) are free.
-        if key not in known and ".".join(key.split(".")[:2]) not in (k for k in known if "." in k):
+        parts = key.split(".")
+        free = any(kinds.get(".".join(parts[:length])) is dict for length in range(1, len(parts) + 1))
+        if key not in kinds and not free:
             raise UserError(unknown_key(key, config))
+        checked.append(f"++{override}" if free else override)
+    return checked
 
 
 def unknown_key(key: str, config: DictConfig) -> str:
@@ -163,7 +182,13 @@ def unknown_key(key: str, config: DictConfig) -> str:
         chosen = getattr(OmegaConf.get_type(config, group), "option_name", "?")
         mine = [k.partition(".")[2] for k in known if k.startswith(f"{group}.")]
         near = difflib.get_close_matches(leaf, mine, n=1, cutoff=0.5)
-        hint = f"Did you mean {group}.{near[0]}?" if near else f"It has: {', '.join(mine) or 'none'}."
+        others = [name for name in option_names(group) if leaf in _option_keys(group, name)]
+        if near:
+            hint = f"Did you mean {group}.{near[0]}?"
+        elif others:
+            hint = f"{group}={' and '.join(others)} has it: set that, or remove the key."
+        else:
+            hint = f"It has: {', '.join(mine)}." if mine else "It has no keys."
         return (
             f"Unknown key {key}: {group}={chosen} has no key '{leaf}'. {hint} The choices of {group} are "
             f"{', '.join(option_names(group))}."

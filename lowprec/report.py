@@ -117,7 +117,9 @@ def phases(rows: list[dict[str, Any]]) -> dict[str, Any]:
 
 def print_summary(report: dict[str, Any], folder: Path, console: Console) -> None:
     """The short table that ends a run."""
-    table = Table(title=f"{report['recipe']}: {report['status']} after {report['steps']} steps", title_justify="left")
+    steps = "1 step" if report["steps"] == 1 else f"{report['steps']:,} steps"
+    title = f"{report['recipe']}: {report['status']} after {steps}"
+    table = Table(title=title, title_justify="left", show_header=False)
     table.add_column("")
     table.add_column("", justify="right")
     before, after = report.get("eval_loss_before"), report.get("eval_loss_after")

@@ -7,10 +7,10 @@ from collections.abc import Sequence
 from pathlib import Path
 
 from hydra._internal.core_plugins.basic_sweeper import BasicSweeper
-from rich.console import Console
 from rich.table import Table
 
 from lowprec.config import resolve
+from lowprec.display import make_console
 from lowprec.errors import UserError
 from lowprec.overrides import parse_overrides
 from lowprec.run_folder import read_report
@@ -41,7 +41,7 @@ def sweep(recipe: str, overrides: Sequence[str]) -> int:
     if "train.output_dir" in varied:
         raise UserError("A sweep makes a folder for each run below train.output_dir: give that one value.")
     folders = [Path(str(resolve(recipe, run)[0].train.output_dir), _folder_name(run, varied)) for run in runs]
-    console, codes = Console(), []
+    console, codes = make_console(), []
     for number, (run, folder) in enumerate(zip(runs, folders, strict=True), 1):
         told = " ".join(f"{key}={_value(run, key)}" for key in varied)
         console.rule(f"run {number} of {len(runs)}: {told}", align="left")
@@ -53,11 +53,11 @@ def sweep(recipe: str, overrides: Sequence[str]) -> int:
     table = Table(*varied, "ended", "held-out loss", "trained tok/s", "peak VRAM GiB", "folder")
     for run, folder in zip(runs, folders, strict=True):
         report = read_report(folder)
-        figures = [report.get(key) for key in ("eval_loss_after", "tokens_per_second", "peak_vram_gib")]
+        figures = {"eval_loss_after": ".3f", "tokens_per_second": ",.0f", "peak_vram_gib": ".2f"}
         table.add_row(
             *(_value(run, key) for key in varied),
             report.get("status", "not run"),
-            *("" if figure is None else f"{figure:,.3f}" for figure in figures),
+            *("" if report.get(key) is None else f"{report[key]:{form}}" for key, form in figures.items()),
             str(folder),
         )
     console.print(table)

@@ -7,6 +7,8 @@ import time
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file
 
 from lowprec.checkpoint import atomic_folder, checkpoints, damage, newest_whole, prune, remove_unfinished
 from lowprec.errors import UserError
@@ -17,6 +19,14 @@ def write(folder: Path, content: bytes = b"weights") -> None:
         (writing / "a.bin").write_bytes(content)
         (writing / "sub").mkdir()
         (writing / "sub" / "b.bin").write_bytes(content * 2)
+
+
+def test_what_safetensors_writes_can_be_read_by_whoever_reads_the_rest(tmp_path):
+    with atomic_folder(tmp_path / "final") as writing:
+        save_file({"w": torch.zeros(2)}, writing / "model.safetensors")
+        (writing / "config.json").write_text("{}")
+    modes = {file.stat().st_mode for file in (tmp_path / "final").iterdir()}
+    assert len(modes) == 1
 
 
 def test_sealed_folder_is_whole(tmp_path):

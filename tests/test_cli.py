@@ -11,8 +11,10 @@ import lowprec
 from lowprec.cli import main
 from lowprec.recipes import shipped_recipes
 
+VERBS = ["train", "plan", "profile", "recipes", "merge", "doctor", "bench", "ssd", "completion"]
 
-@pytest.mark.parametrize("verb", ["train", "profile", "recipes", "merge", "doctor", "bench", "ssd", "completion"])
+
+@pytest.mark.parametrize("verb", VERBS)
 def test_help_of_every_verb_shows_examples(verb, capsys):
     with pytest.raises(SystemExit) as stop:
         main([verb, "--help"])
@@ -38,6 +40,9 @@ def test_recipes(capsys, tmp_path):
     capsys.readouterr()
     assert main(["recipes", "show", str(target), "adapter.r=3", "model.model_name_or_path=m", "data.path=d"]) == 0
     assert "r: 3" in capsys.readouterr().out
+    assert main(["recipes", "show", str(target), "lora_r=3", "model.model_name_or_path=m", "data.path=d"]) == 0
+    shown = capsys.readouterr()
+    assert "r: 3" in shown.out and "lora_r is called adapter.r here" in shown.err
 
 
 @pytest.mark.parametrize(
@@ -102,5 +107,8 @@ def test_completion_offers_recipes(shell, capsys):
         ask = script + '\nCOMP_WORDS=(lowprec train qu); COMP_CWORD=2; _lowprec; echo "${COMPREPLY[@]}"'
         result = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
         assert result.stdout.strip() == "quickstart"
+        ask = script + '\nCOMP_WORDS=(lowprec ""); COMP_CWORD=1; _lowprec; echo "${COMPREPLY[@]}"'
+        result = subprocess.run(["bash", "-c", ask], capture_output=True, text=True, check=True)
+        assert result.stdout.split() == VERBS
     else:
         assert "bashcompinit" in script

@@ -70,11 +70,16 @@ def test_a_user_s_recipe_inherits_a_shipped_one_and_has_presets_of_its_own(tmp_p
         ("data.path=[a", "key=value"),
         ("data=nowhere", "python_docs"),
         ("model.dtype=bf17", "bf16"),
+        ("train.report_to=wandb", "in brackets"),
+        ("data.columns.prmpt=question", "Did you mean data.columns.prompt?"),
+        ("adapter.modules_to_save=lm_head", "in brackets"),
+        ("state_store.path=/x", "state_store=ssd has it"),
+        ("optimizer=adamw_8bit optimizer.master=none", "optimizer=adamw has it"),
     ],
 )
 def test_mistakes_name_the_remedy(override, named):
     with pytest.raises(UserError) as error:
-        resolve("lora", [*MODEL_AND_DATA, override])
+        resolve("lora", [*MODEL_AND_DATA, *override.split()])
     assert named in str(error.value)
     assert "\n" not in str(error.value)
 
@@ -143,6 +148,11 @@ def test_alias_and_key_with_different_values():
         (["data.streaming=true"], "train.max_steps"),
         (["adapter=none", "model.dtype=fp16"], "model.dtype=bf16"),
         (["state_store=ssd"], "state_store.path"),
+        (["optimizer.warmup_steps=9", "train.max_steps=8"], "optimizer.warmup_steps=9 is more than the run's 8 steps"),
+        (
+            ["optimizer.lr_scheduler_kwargs={num_cycle:2}", "optimizer.lr_scheduler_type=cosine", "train.max_steps=8"],
+            "num_cycles",
+        ),
         (["optimizer=adamw_8bit", "state_store=cpu"], "optimizer=adamw"),
     ],
 )
@@ -162,6 +172,18 @@ def test_copied_recipe_composes(tmp_path):
     for wrong, named in (("my_full.txt", ".yaml"), ("full.yaml", "shipped"), ("new/my_full.yaml", "exists")):
         with pytest.raises(UserError, match=named):
             copy_recipe("full", str(tmp_path / wrong))
+
+
+@pytest.mark.parametrize(
+    "written", ["kwargs.num_cycles=2", "+kwargs.num_cycles=2", "++kwargs.num_cycles=2", "kwargs={num_cycles:2}"]
+)
+def test_what_is_below_a_dict_is_free(written, tmp_path):
+    override = written.replace("kwargs", "optimizer.lr_scheduler_kwargs")
+    cosine = "optimizer.lr_scheduler_type=cosine_with_restarts"
+    recipe, _ = resolve("lora", [*MODEL_AND_DATA, cosine, override, "adapter.rank_pattern.q_proj=4"])
+    assert recipe.optimizer.lr_scheduler_kwargs == {"num_cycles": 2} and recipe.adapter.rank_pattern == {"q_proj": 4}
+    (tmp_path / "again.yaml").write_text(recipe.to_yaml())
+    assert resolve(str(tmp_path / "again.yaml"))[0].optimizer.lr_scheduler_kwargs == {"num_cycles": 2}
 
 
 def test_nested_option_fields_survive_the_round_trip():

@@ -186,6 +186,11 @@ def test_folders_that_hold_something_else(tmp_path):
     (tmp_path / "adapter_config.json").unlink()
     assert "run folder" in error_of(tmp_path) and str(tmp_path / "final") in error_of(tmp_path)
     shutil.rmtree(tmp_path / "final")
+    (tmp_path / "final").mkdir()
+    (tmp_path / "final" / "adapter_config.json").write_text('{"base_model_name_or_path": "owner/base"}')
+    message = error_of(tmp_path)
+    assert "run folder" in message and "owner/base" in message and f"lowprec merge {tmp_path}" in message
+    shutil.rmtree(tmp_path / "final")
     save_tiny_gguf(tmp_path / "a.gguf")
     assert "Name the file: a.gguf" in error_of(tmp_path)
 

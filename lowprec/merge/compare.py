@@ -38,7 +38,7 @@ def sample_tokens(tokenizer: PreTrainedTokenizerBase, text: str | None) -> torch
             if length > 8 * MAX_TOKENS:
                 break
         text = "\n".join(texts)
-    return tokenizer(text, return_tensors="pt")["input_ids"][:, :MAX_TOKENS]
+    return tokenizer(text, return_tensors="pt", truncation=True, max_length=MAX_TOKENS)["input_ids"]
 
 
 @torch.inference_mode()

@@ -244,3 +244,12 @@ def build_schedule(
             "optimizer.lr_scheduler_type="
             f"{options.lr_scheduler_type}, which takes {', '.join(accepted) or 'none'} ({error})."
         ) from error
+
+
+def check_schedule(options: OptimizerOptions, num_steps: int) -> None:
+    """Build the schedule for nothing, so that a mistake in its keys is told before any weight is loaded.
+
+    Raises:
+        UserError: as ``build_schedule``.
+    """
+    build_schedule(torch.optim.SGD([torch.zeros(1)], lr=1.0), options, num_steps)

@@ -3,6 +3,7 @@
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,6 +13,7 @@ from torch import nn
 from lowprec.config import Recipe
 from lowprec.data import StepLoader
 from lowprec.plan.states import Trained, states_of
+from lowprec.train.resume import stored_division
 from lowprec.train.state import random_state, set_random_state
 from lowprec.train.step import loss_sum
 
@@ -27,6 +29,14 @@ class Found:
     accumulation: int
     too_large: int | None
     """The next size, which did not fit; None where all that divide the effective batch do."""
+
+    def told(self) -> str:
+        """One sentence for the user."""
+        tried = f", {self.too_large} did not" if self.too_large else ""
+        return (
+            f"train.find_batch_size: {self.batch_size} of the longest samples fit at once{tried}. A step takes "
+            f"{self.batch_size * self.accumulation} samples as {self.accumulation} x {self.batch_size}."
+        )
 
 
 def divisors(number: int) -> list[int]:
@@ -46,6 +56,31 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> tupl
             return best, size
         best = size
     return best, None
+
+
+def settle_batch_size(
+    recipe: Recipe, resume_from: Path | None, model: nn.Module, loader: StepLoader, accelerator: Accelerator
+) -> Found | None:
+    """Settle the recipe's division of its effective batch: as the checkpoint has it, or by trial.
+
+    Args:
+        resume_from: the checkpoint that the run goes on from, if any.
+        model: as training calls it.
+
+    Returns:
+        What was found by trial; None where the checkpoint decided.
+    """
+    options = recipe.train
+    effective = options.per_device_train_batch_size * options.gradient_accumulation_steps
+    resumed = resume_from and stored_division(resume_from)
+    if resumed and resumed[0] * resumed[1] == effective:
+        options.per_device_train_batch_size, options.gradient_accumulation_steps = resumed
+        return None
+    bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
+    found = find_batch_size(model, loader, accelerator, effective, states_to_come(recipe, bare))
+    options.per_device_train_batch_size = found.batch_size
+    options.gradient_accumulation_steps = found.accumulation
+    return found
 
 
 def find_batch_size(

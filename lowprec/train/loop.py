@@ -3,7 +3,6 @@
 import math
 from contextlib import suppress
 from dataclasses import asdict, dataclass
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -16,7 +15,7 @@ from lowprec.attention import attend_without_masks, mask_note
 from lowprec.checkpoint import atomic_folder, is_disk_full, prune
 from lowprec.config import Recipe
 from lowprec.data import StepBatch, StepLoader, fit_to_model, prepare_data
-from lowprec.display import Display
+from lowprec.display import Display, make_console
 from lowprec.errors import UserError
 from lowprec.model import COMPUTE_DTYPE, load_model, load_tokenizer
 from lowprec.optim import AdamW
@@ -24,8 +23,8 @@ from lowprec.optim.options import build_schedule
 from lowprec.prepare import wrap
 from lowprec.profiling.probe import Probes
 from lowprec.report import dtypes, peak_memory
-from lowprec.run_folder import RunFolder, Status, read_report
-from lowprec.train.batch_size import find_batch_size, states_to_come
+from lowprec.run_folder import RunFolder, Status
+from lowprec.train.batch_size import settle_batch_size
 from lowprec.train.calibration import calibration_batch
 from lowprec.train.clock import Mark
 from lowprec.train.compile import compile_layers, compile_seconds
@@ -35,7 +34,7 @@ from lowprec.train.launch import claim_run_folder, start_accelerator
 from lowprec.train.nonfinite import NonFiniteError, find_origin
 from lowprec.train.out_of_memory import OutOfMemoryError, explain
 from lowprec.train.recorder import Recorder
-from lowprec.train.resume import check_same_run, stored_division
+from lowprec.train.resume import check_same_run, nothing_to_do
 from lowprec.train.state import TrainState, random_state, trainable
 from lowprec.train.step import StepScalars, TrainStep
 
@@ -54,12 +53,12 @@ def train(recipe: Recipe, console: Console | None = None) -> Status:
         UserError: bad data, model or folder; a loss that is not finite; not enough memory; a full disk.
     """
     accelerator, note = start_accelerator(recipe)
-    console = (console or Console()) if accelerator.is_main_process else Console(quiet=True)
+    console = (console or make_console()) if accelerator.is_main_process else Console(quiet=True)
     folder = claim_run_folder(recipe, accelerator)
     if note is not None:
         console.print(note, highlight=False)
     if folder is None:
-        console.print(_nothing_to_do(recipe), markup=False)
+        console.print(nothing_to_do(recipe), markup=False)
         return Status.FINISHED
     try:
         with stop_on_signals() as stop:
@@ -67,17 +66,6 @@ def train(recipe: Recipe, console: Console | None = None) -> Status:
     finally:
         accelerator.end_training()
         folder.close()
-
-
-def _nothing_to_do(recipe: Recipe) -> str:
-    steps = read_report(Path(str(recipe.train.output_dir))).get("steps")
-    text = f"{recipe.train.output_dir} holds a finished run of {steps} steps, and its final/ is whole. Nothing to do."
-    if recipe.train.max_steps not in (None, steps):
-        text += (
-            f" train.max_steps={recipe.train.max_steps} was not applied: to train on, resume from a checkpoint of this "
-            "run into another train.output_dir."
-        )
-    return text
 
 
 @dataclass
@@ -199,7 +187,10 @@ class Run:
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.loader = self._loader()
         if options.find_batch_size:
-            self._find_batch_size()
+            found = settle_batch_size(recipe, self.folder.resume_from, self.wrapped, self.loader, self.accelerator)
+            if found is not None:
+                self.recorder.facts["find_batch_size"] = asdict(found)
+                self.console.print(found.told(), highlight=False)
             self.loader = self._loader()
         self.num_steps = options.max_steps or self.loader.num_steps(options.num_train_epochs)
         self.schedule = build_schedule(self.optimizer, recipe.optimizer, self.num_steps)
@@ -228,27 +219,6 @@ class Run:
             seed=options.seed,
             pad_token_id=self.tokenizer.pad_token_id,
             device=self.accelerator.device,
-        )
-
-    def _find_batch_size(self) -> None:
-        """Settle the recipe's division of the effective batch: by trial, or as the checkpoint has it."""
-        options = self.recipe.train
-        effective = options.per_device_train_batch_size * options.gradient_accumulation_steps
-        resumed = self.folder.resume_from and stored_division(self.folder.resume_from)
-        if resumed and resumed[0] * resumed[1] == effective:
-            options.per_device_train_batch_size, options.gradient_accumulation_steps = resumed
-            return
-        found = find_batch_size(
-            self.wrapped, self.loader, self.accelerator, effective, states_to_come(self.recipe, self.model)
-        )
-        options.per_device_train_batch_size = found.batch_size
-        options.gradient_accumulation_steps = found.accumulation
-        self.recorder.facts["find_batch_size"] = asdict(found)
-        tried = f", {found.too_large} did not" if found.too_large else ""
-        self.console.print(
-            f"train.find_batch_size: {found.batch_size} of the longest samples fit at once{tried}. A step takes "
-            f"{effective} samples as {found.accumulation} x {found.batch_size}.",
-            highlight=False,
         )
 
     def _update_in_backward(self) -> None:

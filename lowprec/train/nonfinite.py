@@ -8,6 +8,7 @@ import torch
 from accelerate import Accelerator
 from accelerate.utils import gather_object
 from torch import nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from lowprec.data import StepBatch
 from lowprec.errors import UserError
@@ -85,4 +86,7 @@ def _watch(model: nn.Module, origin: list[str]) -> Iterator[None]:
 
 
 def _finite(tensor: torch.Tensor) -> bool:
-    return bool(torch.isfinite(tensor).all()) if tensor.is_floating_point() else True
+    # Unseen by autograd and by the modes that count a layer's operations: a layer's pass and its recomputation have to
+    # be alike, and the question is asked in one of them only.
+    with _disable_current_modes():
+        return bool(torch.isfinite(tensor.detach()).all()) if tensor.is_floating_point() else True

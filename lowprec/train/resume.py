@@ -1,4 +1,4 @@
-"""Whether a checkpoint belongs to the recipe that resumes it, and what has changed since."""
+"""Whether a checkpoint belongs to the recipe that resumes it, what has changed since, and what there is to do."""
 
 from pathlib import Path
 from typing import Any
@@ -7,6 +7,7 @@ from omegaconf import OmegaConf
 
 from lowprec.config import RECIPE_FILE, Recipe
 from lowprec.errors import UserError
+from lowprec.run_folder import read_report
 
 _HARMLESS = ("name", "defaults", "train.output_dir", "train.resume_from_checkpoint", "train.save_steps",
              "train.save_total_limit", "train.eval_steps", "train.eval_max_samples", "train.num_sample_answers",
@@ -52,6 +53,18 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
         f"{key} was {before.get(key)} in the checkpoint and is {now.get(key)} now: the rest is not that of one run."
         for key in changed
     ]
+
+
+def nothing_to_do(recipe: Recipe) -> str:
+    """What the user is told of a run folder whose run is finished."""
+    steps = read_report(Path(str(recipe.train.output_dir))).get("steps")
+    text = f"{recipe.train.output_dir} holds a finished run of {steps} steps, and its final/ is whole. Nothing to do."
+    if recipe.train.max_steps not in (None, steps):
+        text += (
+            f" train.max_steps={recipe.train.max_steps} was not applied: to train on, resume from a checkpoint of this "
+            "run into another train.output_dir."
+        )
+    return text
 
 
 def stored_division(checkpoint: Path) -> tuple[int, int] | None:

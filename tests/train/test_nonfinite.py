@@ -8,10 +8,11 @@ import torch
 from accelerate import Accelerator
 from safetensors.torch import load_file, save_file
 
+from lowprec.activations import keep_activations
 from lowprec.data import StepBatch
 from lowprec.model import Model, load_model, load_tokenizer
 from lowprec.run_folder import read_metrics, read_report
-from lowprec.testing import save_tiny, tiny_tokenizer
+from lowprec.testing import save_tiny, tiny_model, tiny_tokenizer
 from lowprec.train.nonfinite import NonFiniteError, find_origin
 from lowprec.train.state import random_state
 from tests.train.conftest import run
@@ -86,6 +87,27 @@ def test_a_gradient_that_overflows_is_located():
 
     ids = torch.tensor([[0, 1, 2]])
     assert find_origin(Model(), _batch(ids), random_state(), Accelerator(cpu=True)) == "gradient of the output of body"
+
+
+class _OverflowsInBackward(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, tensor):
+        return tensor.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        return gradient * float("inf")
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "selective"])
+def test_a_gradient_is_located_in_layers_that_backward_computes_again(policy):
+    """The layers below the bad one are computed again when the origin is known: they must keep the same tensors."""
+    model = tiny_model("llama")
+    keep_activations(model, policy, "of the test")
+    model.train()
+    model.model.layers[1].mlp.register_forward_hook(lambda _module, _inputs, output: _OverflowsInBackward.apply(output))
+    origin = find_origin(model, _batch(torch.tensor([[5, 6, 7]])), random_state(), Accelerator(cpu=True))
+    assert origin == "gradient of the output of model.layers.1.mlp.down_proj"
 
 
 def _batch(ids):
