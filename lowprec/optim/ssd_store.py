@@ -94,8 +94,10 @@ class SsdStore:
         self._held: dict[int, Tensor] = {}
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._readers = ThreadPoolExecutor(threads, "lowprec-read")
-        self._writers = ThreadPoolExecutor(threads, "lowprec-write")
+        # A checksum is made by other threads than the transfers, so that the disk never has less to do meanwhile.
+        self._readers, self._checkers, self._summers, self._writers = self._pools = tuple(
+            ThreadPoolExecutor(threads, f"lowprec-{work}") for work in ("read", "check", "sum", "write")
+        )
         self._closed = False
 
     def _new_version(self) -> Version:
@@ -125,19 +127,24 @@ class SsdStore:
         if chunk.index in self._reading or chunk.index in self._held:
             return
         buffer = self._free.popleft()
-        future = self._readers.submit(self._load, chunk, buffer, self._writing.get(chunk.index))
+        loaded = self._readers.submit(self._load, chunk, buffer, self._writing.get(chunk.index))
+        future = self._checkers.submit(self._check, chunk, buffer, loaded)
         self._reading[chunk.index] = future
         future.add_done_callback(lambda _: self._wake())
 
-    def _load(self, chunk: Chunk, buffer: Tensor, pending_write: "Future[None] | None") -> Tensor:
+    def _load(self, chunk: Chunk, buffer: Tensor, pending_write: "Future[None] | None") -> Record:
         if pending_write is not None:
             pending_write.result()
         begin = time.perf_counter()
         record = self._records[chunk.index]
-        record.read(bytes_of(buffer), self.describe(chunk))
+        record.read(bytes_of(buffer))
         with self._changed:
             self.traffic.bytes_read += record.slot.length
             self.traffic.read_s += time.perf_counter() - begin
+        return record
+
+    def _check(self, chunk: Chunk, buffer: Tensor, loaded: "Future[Record]") -> Tensor:
+        loaded.result().check(bytes_of(buffer), self.describe(chunk))
         return buffer
 
     def read(self, chunk: Chunk) -> Tensor:
@@ -201,7 +208,8 @@ class SsdStore:
                 self._error = error  # the step is torn
                 raise
             assert self._live is not None
-            self._writing[chunk.index] = self._writers.submit(self._store, chunk, buffer, after, self._live)
+            summed = self._summers.submit(self._sum, chunk, buffer, after)
+            self._writing[chunk.index] = self._writers.submit(self._store, chunk, buffer, summed, self._live)
 
     def _make_room(self) -> None:
         """The version to write to; in the first write of a run that resumes no checkpoint, the reserved ones too."""
@@ -210,15 +218,17 @@ class SsdStore:
         reserve, self._reserve = self._reserve, 0
         self._spares += [self._new_version() for _ in range(reserve)]
 
-    def _store(self, chunk: Chunk, buffer: Tensor, after: "torch.cuda.Event | None", version: Version) -> None:
+    def _sum(self, chunk: Chunk, buffer: Tensor, after: "torch.cuda.Event | None") -> int:
+        if after is not None:
+            after.synchronize()
+        return checksum(bytes_of(buffer)[: self._slots[chunk.index].length])
+
+    def _store(self, chunk: Chunk, buffer: Tensor, summed: "Future[int]", version: Version) -> None:
         try:
-            if after is not None:
-                after.synchronize()
-            begin = time.perf_counter()
             slot = self._slots[chunk.index]
-            contents = bytes_of(buffer)[: slot.length]
-            record = Record(version, slot, checksum(contents))
-            version.files[slot.stripe].write(contents, slot.offset)
+            record = Record(version, slot, summed.result())
+            begin = time.perf_counter()
+            version.files[slot.stripe].write(bytes_of(buffer)[: slot.length], slot.offset)
             with self._changed:
                 self._replace(chunk, record)
                 self.traffic.bytes_written += slot.length
@@ -267,7 +277,9 @@ class SsdStore:
         if reading is not None:
             return self._result(reading)
         if chunk.index in self._records:
-            self._records[chunk.index].read(bytes_of(self._peeked), self.describe(chunk))
+            record = self._records[chunk.index]
+            record.read(bytes_of(self._peeked))
+            record.check(bytes_of(self._peeked), self.describe(chunk))
         else:
             initialise(chunk, self._peeked, self._params)
         return self._peeked
@@ -292,8 +304,8 @@ class SsdStore:
         with self._changed:
             self._plan.clear()
             self._closed = True
-        self._readers.shutdown()
-        self._writers.shutdown()
+        for pool in self._pools:
+            pool.shutdown()
         versions = {id(version): version for version in [*self._spares, *([self._live] if self._live else [])]}
         versions |= {id(record.version): record.version for record in self._records.values()}
         for version in versions.values():

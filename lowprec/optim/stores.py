@@ -41,7 +41,7 @@ def open_store(
     Args:
         chunk_bytes: bytes of a transfer of the cpu and ssd stores. By default what ``lowprec bench ssd`` found best for
             ``path``, or else 8 MiB.
-        threads: threads that read, and as many that write (ssd). By default as ``chunk_bytes``, or else 8.
+        threads: reads at a time, and as many writes (ssd). By default as ``chunk_bytes``, or else 8.
         pinned_gib: the most host memory for the buffers of the ssd store, GiB.
         reserve_checkpoints: checkpoints on the disk of ``path`` whose space the ssd store reserves at the start.
         disk: the system calls of the ssd store.

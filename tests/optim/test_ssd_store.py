@@ -5,7 +5,10 @@ import json
 import os
 import subprocess
 import sys
+import threading
 import time
+import zlib
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -320,3 +323,37 @@ def test_export_is_a_state_dict_of_torch_adamw(tmp_path, state_dtype, master):
     reference.step()
     for mine, theirs in zip(model.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(mine.float(), theirs, rtol=2**-8, atol=1e-6)
+
+
+@pytest.mark.parametrize("method", ["read", "write"])
+def test_the_disk_need_not_wait_for_checksums(tmp_path, monkeypatch, method):
+    """One transfer at a time. A chunk is checked while the next is read, and written while the next is summed."""
+    disk = Disk()
+    _, optimizer = start(tmp_path, disk=disk, threads=1, pinned_gib=0.01)
+    store, begun, ended = optimizer._store, threading.Semaphore(0), []
+    for chunk in store.chunks:
+        store.write(chunk, store.read(chunk))
+    optimizer.flush()  # all buffers are free, and nothing is being read
+
+    def first(call, *args):
+        begun.release()
+        return call(*args)
+
+    def second(call, *args):
+        number = len(ended)
+        ended.append(number)
+        if number < len(store.chunks) - 1:
+            for _ in range(2 if number == 0 else 1):
+                assert begun.acquire(timeout=30), f"{number} could not end before the next began"
+        return call(*args)
+
+    transfer, summed = (first, second) if method == "read" else (second, first)
+    module = "ssd_files" if method == "read" else "ssd_store"
+    monkeypatch.setattr(disk, method, partial(transfer, getattr(disk, method)))
+    monkeypatch.setattr(f"lowprec.optim.{module}.checksum", partial(summed, zlib.crc32))
+    store.prefetch(store.chunks)
+    for chunk in store.chunks:
+        store.write(chunk, store.read(chunk))
+    optimizer.flush()
+    assert len(ended) == len(store.chunks) > 3
+    optimizer.close()
