@@ -86,6 +86,7 @@ class SsdStore:
         self._spares: list[Version] = []
         self._live: Version | None = self._new_version()
         self._memory = HostMemory((count + 1) * aligned(largest), self._pin)
+        self._num_buffers = count
         self._free = deque(self._memory.take(aligned(largest)) for _ in range(count))
         self._peeked = self._memory.take(aligned(largest))
         self._plan: deque[Chunk] = deque()
@@ -115,7 +116,12 @@ class SsdStore:
 
     def prefetch(self, order: Sequence[Chunk]) -> None:
         with self._changed:
-            self._plan = deque(chunk for chunk in order if chunk.index in self._records or chunk.index in self._writing)
+            soon = {chunk.index for chunk in order[: self._num_buffers]}
+            for index in self._finished_reads():
+                if index not in soon:  # read ahead and not asked for: a step may leave parameters out
+                    self._give_up_read(index)
+            stored = self._records.keys() | self._writing.keys()
+            self._plan = deque(chunk for chunk in order if chunk.index in stored and chunk.index not in self._reading)
             self._read_ahead()
 
     def _read_ahead(self) -> None:
@@ -154,9 +160,15 @@ class SsdStore:
             self._raise_error()
             fresh = chunk.index not in self._records and chunk.index not in self._writing
             if chunk.index not in self._reading:
+                if chunk in self._plan:
+                    self._plan.remove(chunk)  # or it would be read once more after its update, and keep a buffer
                 while not self._free:
                     self._raise_error()
-                    if not self._give_up_read():
+                    finished = self._finished_reads()
+                    if finished and not self._writing:  # writes under way will free buffers
+                        self._give_up_read(finished[-1])
+                        self._plan.append(self.chunks[finished[-1]])
+                    else:
                         self._changed.wait()
                 if fresh:
                     buffer = self._free.popleft()
@@ -172,18 +184,16 @@ class SsdStore:
             self.traffic.unhidden_s += time.perf_counter() - begin
         return buffer
 
-    def _give_up_read(self) -> bool:
-        """Take the buffer of the read that is needed last back, and plan that read again. Call with ``_changed`` held.
+    def _finished_reads(self) -> list[int]:
+        """The chunks that wait to be asked for, in the order of their reads. Call with ``_changed`` held."""
+        return [i for i, future in self._reading.items() if future.done() and future.exception() is None]
 
-        Needed where chunks are asked for in another order than announced: all buffers may be full of later ones.
-        False where none is finished yet, or where writes under way will free buffers.
+    def _give_up_read(self, index: int) -> None:
+        """Take the buffer of a finished read back. Call with ``_changed`` held.
+
+        Where chunks are asked for in another order than announced, all buffers may be full of others.
         """
-        finished = [index for index, future in self._reading.items() if future.done()]
-        if self._writing or not finished:
-            return False
-        self._free.append(self._reading.pop(finished[-1]).result())
-        self._plan.appendleft(self.chunks[finished[-1]])
-        return True
+        self._free.append(self._reading.pop(index).result())
 
     def _wake(self) -> None:
         with self._changed:
