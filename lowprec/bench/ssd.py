@@ -6,7 +6,6 @@ reads,
 the writes following the reads at a distance: what an optimizer step does.
 """
 
-import json
 import threading
 import time
 from collections.abc import Callable
@@ -19,6 +18,7 @@ from rich.table import Table
 
 from lowprec.optim.disk import GIB, Disk, HostMemory, bytes_of, direct_refusal, reserve
 from lowprec.optim.path_lock import PREFIX, PathLock
+from lowprec.optim.states_io import write_json
 from lowprec.optim.stores import CHUNK_BYTES, TUNED_FILE, read_tuned
 from lowprec.optim.stores import THREADS as STORE_THREADS
 
@@ -152,7 +152,6 @@ def run(path: str | Path, seconds: float = 45.0, size_gib: float = 2.0) -> SsdRe
     space is missing or a run holds the path.
     """
     path = Path(path)
-    path.mkdir(parents=True, exist_ok=True)
     lock = PathLock(path)
     try:
         direct = direct_refusal(Disk(), path) is None
@@ -178,9 +177,7 @@ def run(path: str | Path, seconds: float = 45.0, size_gib: float = 2.0) -> SsdRe
             best = max(finalists, key=lambda rate: sustained[rate])
         finally:
             bench.file.remove()
-        (path / TUNED_FILE).write_text(
-            json.dumps({"chunk_bytes": int(best.block_mib * 2**20), "threads": best.threads})
-        )
+        write_json(path / TUNED_FILE, {"chunk_bytes": int(best.block_mib * 2**20), "threads": best.threads})
         return SsdReport(str(path), direct, rates, best, sustained[best], sustained_s)
     finally:
         lock.release()

@@ -64,7 +64,6 @@ class SsdStore:
 
     def _open(self, threads: int, pinned_gib: float) -> None:
         for path in self._paths:
-            path.mkdir(parents=True, exist_ok=True)
             self._locks.append(PathLock(path))
             for file in leftovers(path):
                 file.unlink()

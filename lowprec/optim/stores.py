@@ -94,6 +94,17 @@ def open_store(
 
 
 def read_tuned(path: Path) -> dict[str, int]:
-    """What ``lowprec bench ssd`` kept for this path: ``chunk_bytes`` and ``threads``; empty where it never ran."""
+    """What ``lowprec bench ssd`` kept for this path: ``chunk_bytes`` and ``threads``; empty where it never ran.
+
+    Raises UserError where the file is damaged.
+    """
     file = path / TUNED_FILE
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        kept = json.loads(file.read_text())
+        return {name: int(kept[name]) for name in ("chunk_bytes", "threads")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error!r}): remove it, or measure the disk again by `lowprec bench ssd --path {path}`."
+        ) from None

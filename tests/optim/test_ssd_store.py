@@ -19,6 +19,7 @@ from lowprec.optim import AdamW
 from lowprec.optim.disk import ALIGNMENT, Disk
 from lowprec.optim.export import export, load_exported
 from lowprec.optim.path_lock import clean
+from lowprec.optim.stores import TUNED_FILE
 from tests.optim.training import backward, make_model, run, same, train
 
 SMALL = {"chunk_bytes": 20_000, "pinned_gib": 0.0005}
@@ -217,6 +218,20 @@ def test_a_path_serves_one_run_and_names_it(tmp_path):
     start(tmp_path)[1].close()
 
 
+def test_a_path_that_can_be_no_folder_is_named(tmp_path):
+    (tmp_path / "file").touch()
+    for path in (tmp_path / "file", tmp_path / "file" / "states"):
+        with pytest.raises(UserError, match=f"state_store.path={path} cannot be used"):
+            AdamW(make_model().named_parameters(), **ssd(path))
+
+
+def test_a_damaged_tuned_setting_is_named(tmp_path):
+    for text in ("{bad", "[]", '{"threads": 2}'):
+        (tmp_path / TUNED_FILE).write_text(text)
+        with pytest.raises(UserError, match=f"{TUNED_FILE} is damaged .* bench ssd"):
+            AdamW(make_model().named_parameters(), state_store="ssd", path=tmp_path)
+
+
 def test_leftovers_of_a_killed_run_are_in_nobodys_way_and_can_be_cleaned(tmp_path):
     code = (
         "import sys, time; from tests.optim.test_ssd_store import start; from pathlib import Path; p = "
@@ -301,6 +316,12 @@ def test_export_is_a_state_dict_of_torch_adamw(tmp_path, state_dtype, master):
     export(tmp_path / "checkpoint", tmp_path / "out", tmp_path / "weights.safetensors")
     with pytest.raises(UserError, match="holds optimizer states already"):
         export(tmp_path / "checkpoint", tmp_path / "out")
+    with pytest.raises(UserError, match="--weights .*none is not a file"):
+        export(tmp_path / "checkpoint", tmp_path / "other", tmp_path / "none")
+    (tmp_path / "step-4").mkdir()
+    (tmp_path / "step-4" / "optimizer").symlink_to(tmp_path / "checkpoint")
+    export(tmp_path / "step-4", tmp_path / "other")
+    assert (tmp_path / "other" / "optimizer.json").exists()
 
     exported = load_exported(tmp_path / "out")
     exact = make_model()  # fp32, from the masters

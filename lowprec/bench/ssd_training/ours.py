@@ -2,6 +2,7 @@
 
 import statistics
 import time
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -33,7 +34,7 @@ def run(work: Work, path: Path, device: torch.device) -> dict[str, Any]:
     for _ in range(work.steps):
         waited = optimizer.traffic.unhidden_s if optimizer.traffic else 0.0
         marks = Marks()
-        row, loss = timed_step(lambda marks=marks: _step(model, ids, optimizer, work.max_grad_norm, marks))
+        row, loss = timed_step(partial(_step, model, ids, optimizer, work.max_grad_norm, marks))
         row |= dict(zip(("forward_s", "backward_s", "update_s"), marks.seconds(), strict=True))
         if optimizer.traffic:
             row["waited_s"] = round(optimizer.traffic.unhidden_s - waited, 3)
