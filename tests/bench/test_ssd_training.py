@@ -5,6 +5,7 @@ import json
 import pytest
 
 from lowprec.bench.ssd_training import bench_ssd_training
+from lowprec.bench.ssd_training.process import host_gb, host_peak_gb
 from lowprec.bench.ssd_training.table import facts, markdown
 from lowprec.errors import UserError
 
@@ -50,3 +51,12 @@ def test_what_cannot_run_is_refused_with_the_remedy(tmp_path):
         bench_ssd_training(["nope"], path=tmp_path)
     with pytest.raises(UserError, match="the peer here is deepspeed"):
         bench_ssd_training(["tiny"], path=tmp_path, peers=["unsloth"])
+
+
+def test_host_memory_gained_is_counted_from_what_was_resident():
+    """A peak that is over does not hide what comes after it."""
+    past = bytearray(b"x" * (200 << 20))
+    del past
+    before = host_gb()
+    held = bytearray(b"x" * (60 << 20))
+    assert 0.05 < host_peak_gb() - before < 0.2 and len(held)

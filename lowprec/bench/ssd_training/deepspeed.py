@@ -49,7 +49,7 @@ def run(work: Work, path: Path, device: torch.device) -> dict[str, Any]:
     os.environ.update(alone)
     import deepspeed
 
-    model = build(work, device)
+    model = build(work, torch.device("cpu"))  # initialize brings it to the GPU, in its own order
     offload: dict[str, Any] = {"device": work.peer, "pin_memory": True}
     if work.peer == "nvme":
         path.mkdir(parents=True, exist_ok=True)

@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowprec.bench.ssd_training.process import Marks, host_gb, peak_gb, timed_step
+from lowprec.bench.ssd_training.process import Marks, host_gb, host_peak_gb, peak_gb, timed_step
 from lowprec.bench.ssd_training.works import Work
 from lowprec.bench.train.clock import cap_memory
 from lowprec.optim import AdamW
@@ -50,7 +50,7 @@ def run(work: Work, path: Path, device: torch.device) -> dict[str, Any]:
         "flush_s": round(time.perf_counter() - begin, 3),
         "peak_gb": peak_gb(),
         "weights_and_activations_gb": bare_gb,
-        "host_growth_gb": round(host_gb() - before_gb, 3),
+        "host_growth_gb": round(host_peak_gb() - before_gb, 3),
         "notes": optimizer.notes,
         "statistics": optimizer.statistics(),
     }

@@ -14,10 +14,17 @@ def disk_bytes() -> tuple[int, int]:
     return int(lines["read_bytes"]), int(lines["write_bytes"])
 
 
-def host_gb() -> float:
-    """The most host memory that this process has had resident, GB."""
+def host_peak_gb() -> float:
+    """Host memory resident at the most since the last call, GB; what is resident now counts for the next."""
     lines = dict(line.split(":", 1) for line in Path("/proc/self/status").read_text().splitlines())
+    Path("/proc/self/clear_refs").write_text("5")  # the kernel takes the peak back to what is resident
     return int(lines["VmHWM"].split()[0]) * 1024 / 1e9
+
+
+def host_gb() -> float:
+    """Host memory resident now, GB."""
+    host_peak_gb()
+    return host_peak_gb()
 
 
 def peak_gb() -> float | None:
