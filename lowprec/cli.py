@@ -67,6 +67,7 @@ examples:
   lowprec bench linear --peers        8-bit linear layers beside bf16 and torchao
   lowprec bench rotate --json rotate.json
   lowprec bench ssd --path /mnt/nvme/states
+  lowprec bench ssd --path /mnt/nvme/states --works fp32,int8 --peers    training over that disk, beside DeepSpeed
   lowprec bench plan --minutes 9                    plans beside what steps take; goes on where it stopped
   lowprec bench train --peers                       whole training steps beside the libraries that are installed
   lowprec bench train --works qlora_8b,longest_8b --peers unsloth --minutes 9    goes on where it stopped
@@ -166,11 +167,18 @@ def _parser() -> argparse.ArgumentParser:
     bench = verb("bench", _bench, "Repeat a benchmark of docs/benchmarks on this machine.", _BENCH_HELP)
     bench.add_argument("what", choices=["linear", "rotate", "matmul", "plan", "ssd", "train"])
     peers = (
-        "measure other libraries, too (linear: torchao; train: all installed, or a list such as unsloth,transformers)"
+        "measure other libraries, too (linear: torchao; ssd: DeepSpeed; train: all installed, or a list such as "
+        "unsloth,transformers)"
     )
     bench.add_argument("--peers", nargs="?", const="all", default="", metavar="NAME,...", help=peers)
-    bench.add_argument("--works", metavar="NAME,...", help="lines of the table, or grid (train); parts of names (plan)")
-    bench.add_argument("--minutes", type=float, help="end after that long; the same command goes on (plan, train)")
+    bench.add_argument(
+        "--works",
+        metavar="NAME,...",
+        help="lines of the table, or grid (train); parts of names (plan); training over the disk: all or names (ssd)",
+    )
+    bench.add_argument(
+        "--minutes", type=float, help="end after that long; the same command goes on (plan, ssd --works, train)"
+    )
     bench.add_argument("--tokens", type=int, default=8192, help="rows of the input (linear, rotate, matmul)")
     bench.add_argument("--path", help="the folder on the disk to measure (ssd); where results are kept (plan, train)")
     bench.add_argument("--json", metavar="FILE", help="write the figures as JSON, too")
@@ -305,6 +313,8 @@ def _bench(options: argparse.Namespace) -> int:
     if options.what == "ssd":
         if options.path is None:
             raise UserError("lowprec bench ssd needs --path, a folder on the disk to measure.")
+        if options.works or options.peers:
+            return _bench_ssd_training(options)
         report = ssd.run(options.path)
         make_console().print(report.table())
         figures = report.to_dict()
@@ -341,6 +351,15 @@ def _bench_train(options: argparse.Namespace) -> int:
     folder = options.path or "bench_train"
     print(bench_train(names["works"], names["peers"], folder=folder, minutes=options.minutes))
     print(f"The rows are in {folder}/bench_train.jsonl, this table in {folder}/bench_train.md.")
+    return 0
+
+
+def _bench_ssd_training(options: argparse.Namespace) -> int:
+    from lowprec.bench.ssd_training import bench_ssd_training
+
+    works, peers = ([name for name in (names or "").split(",") if name] for names in (options.works, options.peers))
+    print(bench_ssd_training(works or ["all"], path=options.path, peers=peers, minutes=options.minutes))
+    print(f"The rows are in {options.path}/bench_ssd.jsonl, this table in {options.path}/bench_ssd.md.")
     return 0
 
 

@@ -133,13 +133,12 @@ class AdamW(torch.optim.Optimizer):
         self._counts.advance(current.updated, self._skip())
         self._round = None
         self._num_steps += 1
+        self._order = list(current.finished.values()) + [c for c in self._order if c.index not in current.finished]
         if self._in_backward is not None:
-            done = self._in_backward.order
-            self._order = done + [chunk for chunk in self._order if chunk.index not in current.finished]
             self._in_backward.begin()
         if not self._has_states:
             self._show_states()
-        self._store.prefetch(self._order)
+        self._store.prefetch(self._order[: len(current.finished)])  # what a step left out, the next may, too
         return loss
 
     def update_in_backward(self) -> None:
@@ -181,7 +180,7 @@ class AdamW(torch.optim.Optimizer):
                     weights.copy_(piece.param)
             for chunk, buffer in zip(batch, buffers, strict=True):
                 self._store.write(chunk, buffer)
-        self._begin().finished.update(chunk.index for chunk in live)
+        self._begin().finished.update((chunk.index, chunk) for chunk in live)
 
     def _slices(self, chunk: Chunk, buffer: Tensor) -> Iterable[tuple[Tensor, Slice]]:
         """The weights of the chunk that have gradients, each with the slice to update, on the update's device."""

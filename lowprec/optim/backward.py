@@ -29,7 +29,6 @@ class UpdateInBackward:
                 self._members.setdefault(chunk.index, set()).add(i)
         device = next(iter(params.values())).device
         self.norm_squared = torch.zeros((), device=device)
-        self.order: list[Chunk] = []
         self._missing: dict[int, int] = {}
         self._left: dict[int, int] = {}
         self.begin()
@@ -40,7 +39,6 @@ class UpdateInBackward:
     def begin(self) -> None:
         """Expect every gradient once more; the norm of the last ones stays until the first of them comes."""
         self._is_first = True
-        self.order = []
         self._missing = {index: len(members) for index, members in self._members.items()}
         self._left = {i: len(chunks) for i, chunks in self._chunks_of.items()}
 
@@ -62,7 +60,6 @@ class UpdateInBackward:
                 )
             if self._missing[chunk.index] == 0:
                 self._update([chunk])
-                self.order.append(chunk)
                 for member in self._members[chunk.index]:
                     self._left[member] -= 1
                     if self._left[member] == 0:

@@ -30,7 +30,8 @@ TORCH_SETTINGS = (
 
 
 def export(folder: str | Path, target: str | Path, weights: str | Path | None = None) -> None:
-    """Write the states in ``folder`` (of ``AdamW.save_states``, any store) to ``target``, one parameter at a time.
+    """Write the states in ``folder`` (of ``AdamW.save_states``, any store, or the checkpoint that it is in) to
+    ``target``, one parameter at a time.
 
     ``target`` gets shards with ``<parameter>.exp_avg`` and ``.exp_avg_sq`` in fp32 and ``.step``, and
     ``optimizer.json`` with the groups; ``load_exported`` makes the state dict of them.
@@ -43,7 +44,11 @@ def export(folder: str | Path, target: str | Path, weights: str | Path | None = 
         UserError: the folder holds no complete states, or the weights lack a parameter.
     """
     folder, target = Path(folder), Path(target)
+    if not (folder / HEADER_FILE).exists() and (folder / "optimizer" / HEADER_FILE).exists():
+        folder = folder / "optimizer"
     header = read_header(folder)
+    if weights is not None and not Path(weights).is_file():
+        raise UserError(f"--weights {weights} is not a file: give the safetensors file of the checkpoint's weights.")
     target.mkdir(parents=True, exist_ok=True)
     if (target / HEADER_FILE).exists():
         raise UserError(f"{target} holds optimizer states already: give an empty folder.")

@@ -14,12 +14,20 @@ PREFIX = "lowprec-states-"
 
 
 class PathLock:
-    """Holds ``path`` until ``release``, or until the process ends in whatever way (flock)."""
+    """Holds ``path``, made where missing, until ``release``, or until the process ends in whatever way (flock)."""
 
     def __init__(self, path: Path):
+        """Raises UserError where a live run holds the path, or where it can be no folder to write to."""
         self._file = path / LOCK_FILE
         while True:
-            self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            try:
+                path.mkdir(parents=True, exist_ok=True)
+                self._descriptor = os.open(self._file, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o644)
+            except OSError as error:
+                raise UserError(
+                    f"state_store.path={path} cannot be used ({error.strerror}): choose a folder on the disk that you "
+                    "may write to."
+                ) from error
             try:
                 fcntl.flock(self._descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except BlockingIOError:

@@ -58,7 +58,8 @@ class SavedChunks:
             assert chunk.format.master != "fp32", "masters are written with the first checkpoint"
             initialise(chunk, self._buffer, ())
         else:
-            record.read(bytes_of(self._buffer), f"chunk {chunk.index} of a checkpoint")
+            record.read(bytes_of(self._buffer))
+            record.check(bytes_of(self._buffer), f"chunk {chunk.index} of a checkpoint")
         return self._buffer
 
     def close(self) -> None:

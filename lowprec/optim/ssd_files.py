@@ -82,17 +82,18 @@ class Record:
     slot: Slot
     checksum: int
 
-    def read(self, buffer: memoryview, describe: str) -> None:
-        """Read the slot and check it. Raises UserError that names the file and ``describe``: chunk and parameters."""
-        file = self.version.files[self.slot.stripe]
-        file.read(buffer[: self.slot.length], self.slot.offset)
+    def read(self, buffer: memoryview) -> None:
+        """Read the slot into ``buffer``; nothing in it is to be used before ``check``."""
+        self.version.files[self.slot.stripe].read(buffer[: self.slot.length], self.slot.offset)
+
+    def check(self, buffer: memoryview, describe: str) -> None:
+        """Raises UserError that names the file and ``describe``, chunk and parameters, where the slot is damaged."""
         found = checksum(buffer[: self.slot.length])
         if found != self.checksum:
             raise UserError(
-                f"{file.path} is damaged at byte {self.slot.offset} ({describe}): its checksum is {found:08x} and "
-                "should "
-                f"be {self.checksum:08x}. The disk returned other bytes than were written: check it, and resume from a "
-                "checkpoint."
+                f"{self.version.files[self.slot.stripe].path} is damaged at byte {self.slot.offset} ({describe}): its "
+                f"checksum is {found:08x} and should be {self.checksum:08x}. The disk returned other bytes than were "
+                "written: check it, and resume from a checkpoint."
             )
 
 

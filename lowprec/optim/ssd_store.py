@@ -64,7 +64,6 @@ class SsdStore:
 
     def _open(self, threads: int, pinned_gib: float) -> None:
         for path in self._paths:
-            path.mkdir(parents=True, exist_ok=True)
             self._locks.append(PathLock(path))
             for file in leftovers(path):
                 file.unlink()
@@ -86,6 +85,7 @@ class SsdStore:
         self._spares: list[Version] = []
         self._live: Version | None = self._new_version()
         self._memory = HostMemory((count + 1) * aligned(largest), self._pin)
+        self._num_buffers = count
         self._free = deque(self._memory.take(aligned(largest)) for _ in range(count))
         self._peeked = self._memory.take(aligned(largest))
         self._plan: deque[Chunk] = deque()
@@ -94,8 +94,10 @@ class SsdStore:
         self._held: dict[int, Tensor] = {}
         self._error: BaseException | None = None
         self._changed = threading.Condition()
-        self._readers = ThreadPoolExecutor(threads, "lowprec-read")
-        self._writers = ThreadPoolExecutor(threads, "lowprec-write")
+        # A checksum is made by other threads than the transfers, so that the disk never has less to do meanwhile.
+        self._readers, self._checkers, self._summers, self._writers = self._pools = tuple(
+            ThreadPoolExecutor(threads, f"lowprec-{work}") for work in ("read", "check", "sum", "write")
+        )
         self._closed = False
 
     def _new_version(self) -> Version:
@@ -113,7 +115,12 @@ class SsdStore:
 
     def prefetch(self, order: Sequence[Chunk]) -> None:
         with self._changed:
-            self._plan = deque(chunk for chunk in order if chunk.index in self._records or chunk.index in self._writing)
+            soon = {chunk.index for chunk in order[: self._num_buffers]}
+            for index in self._finished_reads():
+                if index not in soon:  # read ahead and not asked for: a step may leave parameters out
+                    self._give_up_read(index)
+            stored = self._records.keys() | self._writing.keys()
+            self._plan = deque(chunk for chunk in order if chunk.index in stored and chunk.index not in self._reading)
             self._read_ahead()
 
     def _read_ahead(self) -> None:
@@ -125,19 +132,24 @@ class SsdStore:
         if chunk.index in self._reading or chunk.index in self._held:
             return
         buffer = self._free.popleft()
-        future = self._readers.submit(self._load, chunk, buffer, self._writing.get(chunk.index))
+        loaded = self._readers.submit(self._load, chunk, buffer, self._writing.get(chunk.index))
+        future = self._checkers.submit(self._check, chunk, buffer, loaded)
         self._reading[chunk.index] = future
         future.add_done_callback(lambda _: self._wake())
 
-    def _load(self, chunk: Chunk, buffer: Tensor, pending_write: "Future[None] | None") -> Tensor:
+    def _load(self, chunk: Chunk, buffer: Tensor, pending_write: "Future[None] | None") -> Record:
         if pending_write is not None:
             pending_write.result()
         begin = time.perf_counter()
         record = self._records[chunk.index]
-        record.read(bytes_of(buffer), self.describe(chunk))
+        record.read(bytes_of(buffer))
         with self._changed:
             self.traffic.bytes_read += record.slot.length
             self.traffic.read_s += time.perf_counter() - begin
+        return record
+
+    def _check(self, chunk: Chunk, buffer: Tensor, loaded: "Future[Record]") -> Tensor:
+        loaded.result().check(bytes_of(buffer), self.describe(chunk))
         return buffer
 
     def read(self, chunk: Chunk) -> Tensor:
@@ -147,9 +159,15 @@ class SsdStore:
             self._raise_error()
             fresh = chunk.index not in self._records and chunk.index not in self._writing
             if chunk.index not in self._reading:
+                if chunk in self._plan:
+                    self._plan.remove(chunk)  # or it would be read once more after its update, and keep a buffer
                 while not self._free:
                     self._raise_error()
-                    if not self._give_up_read():
+                    finished = self._finished_reads()
+                    if finished and not self._writing:  # writes under way will free buffers
+                        self._give_up_read(finished[-1])
+                        self._plan.append(self.chunks[finished[-1]])
+                    else:
                         self._changed.wait()
                 if fresh:
                     buffer = self._free.popleft()
@@ -165,18 +183,16 @@ class SsdStore:
             self.traffic.unhidden_s += time.perf_counter() - begin
         return buffer
 
-    def _give_up_read(self) -> bool:
-        """Take the buffer of the read that is needed last back, and plan that read again. Call with ``_changed`` held.
+    def _finished_reads(self) -> list[int]:
+        """The chunks that wait to be asked for, in the order of their reads. Call with ``_changed`` held."""
+        return [i for i, future in self._reading.items() if future.done() and future.exception() is None]
 
-        Needed where chunks are asked for in another order than announced: all buffers may be full of later ones.
-        False where none is finished yet, or where writes under way will free buffers.
+    def _give_up_read(self, index: int) -> None:
+        """Take the buffer of a finished read back. Call with ``_changed`` held.
+
+        Where chunks are asked for in another order than announced, all buffers may be full of others.
         """
-        finished = [index for index, future in self._reading.items() if future.done()]
-        if self._writing or not finished:
-            return False
-        self._free.append(self._reading.pop(finished[-1]).result())
-        self._plan.appendleft(self.chunks[finished[-1]])
-        return True
+        self._free.append(self._reading.pop(index).result())
 
     def _wake(self) -> None:
         with self._changed:
@@ -201,7 +217,8 @@ class SsdStore:
                 self._error = error  # the step is torn
                 raise
             assert self._live is not None
-            self._writing[chunk.index] = self._writers.submit(self._store, chunk, buffer, after, self._live)
+            summed = self._summers.submit(self._sum, chunk, buffer, after)
+            self._writing[chunk.index] = self._writers.submit(self._store, chunk, buffer, summed, self._live)
 
     def _make_room(self) -> None:
         """The version to write to; in the first write of a run that resumes no checkpoint, the reserved ones too."""
@@ -210,15 +227,17 @@ class SsdStore:
         reserve, self._reserve = self._reserve, 0
         self._spares += [self._new_version() for _ in range(reserve)]
 
-    def _store(self, chunk: Chunk, buffer: Tensor, after: "torch.cuda.Event | None", version: Version) -> None:
+    def _sum(self, chunk: Chunk, buffer: Tensor, after: "torch.cuda.Event | None") -> int:
+        if after is not None:
+            after.synchronize()
+        return checksum(bytes_of(buffer)[: self._slots[chunk.index].length])
+
+    def _store(self, chunk: Chunk, buffer: Tensor, summed: "Future[int]", version: Version) -> None:
         try:
-            if after is not None:
-                after.synchronize()
-            begin = time.perf_counter()
             slot = self._slots[chunk.index]
-            contents = bytes_of(buffer)[: slot.length]
-            record = Record(version, slot, checksum(contents))
-            version.files[slot.stripe].write(contents, slot.offset)
+            record = Record(version, slot, summed.result())
+            begin = time.perf_counter()
+            version.files[slot.stripe].write(bytes_of(buffer)[: slot.length], slot.offset)
             with self._changed:
                 self._replace(chunk, record)
                 self.traffic.bytes_written += slot.length
@@ -267,7 +286,9 @@ class SsdStore:
         if reading is not None:
             return self._result(reading)
         if chunk.index in self._records:
-            self._records[chunk.index].read(bytes_of(self._peeked), self.describe(chunk))
+            record = self._records[chunk.index]
+            record.read(bytes_of(self._peeked))
+            record.check(bytes_of(self._peeked), self.describe(chunk))
         else:
             initialise(chunk, self._peeked, self._params)
         return self._peeked
@@ -292,8 +313,8 @@ class SsdStore:
         with self._changed:
             self._plan.clear()
             self._closed = True
-        self._readers.shutdown()
-        self._writers.shutdown()
+        for pool in self._pools:
+            pool.shutdown()
         versions = {id(version): version for version in [*self._spares, *([self._live] if self._live else [])]}
         versions |= {id(record.version): record.version for record in self._records.values()}
         for version in versions.values():

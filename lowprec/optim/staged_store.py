@@ -55,7 +55,7 @@ class StagedStore:
         self._down.wait_stream(torch.cuda.current_stream(self._device))
         with torch.cuda.stream(self._down):
             host[: chunk.nbytes].copy_(buffer, non_blocking=True)
-            done = torch.cuda.Event()
+            done = torch.cuda.Event(blocking=True)  # threads that wait for it sleep: others need their cores
             done.record()
         self._drained[place] = self._downloaded[chunk.index] = done
         self.host.write(chunk, host, after=done)

@@ -5,6 +5,7 @@ from collections.abc import Iterable, Sequence
 import torch
 from torch import Tensor
 
+from lowprec.optim.layout import Chunk
 from lowprec.optim.update import Hyper, Steps
 
 
@@ -41,11 +42,11 @@ class StepCounts:
 
 
 class Round:
-    """One step under way: its counts and settings, what it has updated and which chunks it has finished."""
+    """One step under way: its counts and settings, what it has updated and which chunks it has finished, in order."""
 
     def __init__(self, counts: dict[torch.device, Tensor], groups: Sequence[dict]):
         self.updated: set[int] = set()
-        self.finished: set[int] = set()
+        self.finished: dict[int, Chunk] = {}
         self._counts = counts
         self._hypers = [Hyper.of(group) for group in groups]
         self._steps: dict[tuple[int, torch.device], Steps] = {}

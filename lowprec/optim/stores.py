@@ -41,7 +41,7 @@ def open_store(
     Args:
         chunk_bytes: bytes of a transfer of the cpu and ssd stores. By default what ``lowprec bench ssd`` found best for
             ``path``, or else 8 MiB.
-        threads: threads that read, and as many that write (ssd). By default as ``chunk_bytes``, or else 8.
+        threads: reads at a time, and as many writes (ssd). By default as ``chunk_bytes``, or else 8.
         pinned_gib: the most host memory for the buffers of the ssd store, GiB.
         reserve_checkpoints: checkpoints on the disk of ``path`` whose space the ssd store reserves at the start.
         disk: the system calls of the ssd store.
@@ -94,6 +94,17 @@ def open_store(
 
 
 def read_tuned(path: Path) -> dict[str, int]:
-    """What ``lowprec bench ssd`` kept for this path: ``chunk_bytes`` and ``threads``; empty where it never ran."""
+    """What ``lowprec bench ssd`` kept for this path: ``chunk_bytes`` and ``threads``; empty where it never ran.
+
+    Raises UserError where the file is damaged.
+    """
     file = path / TUNED_FILE
-    return json.loads(file.read_text()) if file.exists() else {}
+    if not file.exists():
+        return {}
+    try:
+        kept = json.loads(file.read_text())
+        return {name: int(kept[name]) for name in ("chunk_bytes", "threads")}
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{file} is damaged ({error!r}): remove it, or measure the disk again by `lowprec bench ssd --path {path}`."
+        ) from None

@@ -70,7 +70,7 @@ def bench_train(
             if figures.get("status") == "time is up":
                 say(f"{work.name}: {peer} was ended with the time; it starts again with the next call.")
                 return _write_table(results)
-            row = {"work": work.name, "peer": peer, "gpu": on, "seconds": round(seconds, 1), "versions": _versions()}
+            row = {"work": work.name, "peer": peer, "gpu": on, "seconds": round(seconds, 1), "versions": versions()}
             row |= {"when": datetime.now(UTC).isoformat(timespec="seconds")} | figures
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -110,11 +110,11 @@ def read(results: Path) -> list[dict]:
 
 def _peers(names: Sequence[str]) -> tuple[str, ...]:
     if list(names) == ["all"]:
-        return tuple(peer for peer in peers_module.NEEDS if peers_module.why_not(peer, _path_of(peer)) is None)
+        return tuple(peer for peer in peers_module.NEEDS if peers_module.why_not(peer, path_of(peer)) is None)
     for name in names:
         if name not in peers_module.NEEDS:
             raise UserError(f"--peers {name} is not known. Choose from: {', '.join(peers_module.NEEDS)}, or all.")
-        reason = peers_module.why_not(name, _path_of(name))
+        reason = peers_module.why_not(name, path_of(name))
         if reason is not None:
             raise UserError(f"--peers {name}: {reason}.")
     return tuple(names)
@@ -155,13 +155,25 @@ def _is(row: dict, work: Work, peer: str, on: str) -> bool:
 
 def _one(work: Work, peer: str, folder: Path, left: float | None) -> tuple[dict, float]:
     """The figures of one process, and its seconds."""
+    log = folder / f"{work.name}-{peer}.log".replace("/", "_")
+    return figures_of("lowprec.bench.train.worker", [work.name, peer, str(folder.resolve())], peer, log, left)
+
+
+def figures_of(module: str, arguments: Sequence[str], peer: str, log: Path, left: float | None) -> tuple[dict, float]:
+    """What ``python -m module arguments`` prints as its last line of JSON, which begins with ``status``; its seconds.
+
+    Args:
+        peer: sees the packages of its own folders, too (``path_of``).
+        log: written where the process fails.
+        left: seconds after which it is ended.
+    """
     environment = dict(os.environ)
-    path = _path_of(peer)
+    path = path_of(peer)
     if path:
         environment["PYTHONPATH"] = os.pathsep.join([*path, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    command = [sys.executable, "-m", "lowprec.bench.train.worker", work.name, peer, str(folder.resolve())]
     begin = time.monotonic()
     with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
+        command = [sys.executable, "-m", module, *arguments]
         try:
             code = subprocess.run(command, stdout=output, stderr=errors, env=environment, timeout=left).returncode
         except subprocess.TimeoutExpired:
@@ -173,17 +185,17 @@ def _one(work: Work, peer: str, folder: Path, left: float | None) -> tuple[dict,
     if code == 0 and found is not None:
         return json.loads(found), time.monotonic() - begin
     last = next((line for line in reversed(trouble.splitlines()) if line.strip()), f"exit code {code}")
-    (folder / f"{work.name}-{peer}.log".replace("/", "_")).write_text(trouble, encoding="utf-8")
+    log.write_text(trouble, encoding="utf-8")
     return {"status": "failed", "error": last[:500]}, time.monotonic() - begin
 
 
-def _path_of(peer: str) -> list[str]:
+def path_of(peer: str) -> list[str]:
     """Folders of packages that only this peer shall see: ``$LOWPREC_PEER_PATH_UNSLOTH`` and so on."""
     name = "LOWPREC_PEER_PATH_" + peer.upper().replace("+", "_")
     return [part for part in os.environ.get(name, "").split(os.pathsep) if part]
 
 
-def _versions() -> dict[str, str]:
+def versions() -> dict[str, str]:
     found = {}
     for package in PACKAGES:
         try:

@@ -1,0 +1,133 @@
+"""The runs of ``lowprec bench ssd --works``: the disk, and each work in a process of its own, kept as JSON lines."""
+
+import json
+import shutil
+import time
+from collections.abc import Callable, Sequence
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from lowprec.bench import ssd
+from lowprec.bench.measure import machine
+from lowprec.bench.ssd_training import deepspeed
+from lowprec.bench.ssd_training.table import markdown
+from lowprec.bench.ssd_training.works import TINY_WORK, WORKS, Work
+from lowprec.bench.train.run import figures_of, path_of, read, versions
+from lowprec.errors import UserError
+from lowprec.optim.stores import read_tuned
+
+RESULTS = "bench_ssd.jsonl"
+RAW_S, RAW_GIB = 9.0, 4.0
+SHORTEST_S = 45  # a process is not begun with less time than this
+
+
+def bench_ssd_training(
+    works: Sequence[str],
+    *,
+    path: str | Path,
+    peers: Sequence[str] = (),
+    minutes: float | None = None,
+    raw_s: float = RAW_S,
+    raw_gib: float = RAW_GIB,
+    say: Callable[[str], None] = print,
+) -> str:
+    """Measure the works over a store in ``path``, each beside the disk's raw rates of that minute; gives the table.
+
+    The setting is the one that ``lowprec bench ssd --path P`` kept; where it never ran, it runs first.
+
+    Args:
+        works: names of works.WORKS, ``all`` of them, or ``tiny``.
+        path: the folder on the disk; keeps ``bench_ssd.jsonl`` and ``.md``.
+        peers: ``deepspeed`` (or ``all``), run on the same path right after the work that it is the peer of.
+        minutes: nothing is begun that could not end in that time, and what goes on is ended; call again to go on.
+            What is in the results is not repeated.
+        raw_s, raw_gib: seconds and file of the raw measurement before each work.
+
+    Raises:
+        UserError: an unknown work or peer, no GPU, no DeepSpeed.
+    """
+    chosen, with_peer = _select(works), _wants_peer(peers)
+    if not torch.cuda.is_available() and chosen != [TINY_WORK]:
+        raise UserError(
+            f"`lowprec bench ssd --works {chosen[0].name}` trains on a CUDA device, and this machine has none. "
+            f"--works {TINY_WORK.name} tries it out anywhere."
+        )
+    path = Path(path)
+    path.mkdir(parents=True, exist_ok=True)
+    results, begin, on = path / RESULTS, time.monotonic(), machine()["gpu"]
+    if not read_tuned(path) and chosen != [TINY_WORK]:
+        best = ssd.run(path).best
+        say(f"{path}: {best.block_mib:g} MiB and {best.threads} threads kept")
+    for work in chosen:
+        for by in ("lowprec", "deepspeed") if work.peer and with_peer else ("lowprec",):
+            if any((row["work"], row["by"], row["gpu"], row["status"]) == (work.name, by, on, "ok")
+                   for row in read(results)):  # fmt: skip
+                continue
+            left = None if minutes is None else 60 * minutes - (time.monotonic() - begin)
+            if left is not None and left < SHORTEST_S:
+                say("The time is used up; the same command goes on from here.")
+                return _write_table(results)
+            say(f"{work.name}: {by} ...")
+            row: dict[str, Any] = {"work": work.name, "by": by, "gpu": on, "versions": versions()}
+            row |= {"when": datetime.now(UTC).isoformat(timespec="seconds"), "settings": work.to_dict()}
+            row |= _measure(work, by, path, left, raw_s, raw_gib)
+            if row["status"] == "time is up":
+                say(f"{work.name}: {by} was ended with the time; it starts again with the next call.")
+                return _write_table(results)
+            with results.open("a", encoding="utf-8") as file:
+                file.write(json.dumps(row) + "\n")
+            say(
+                f"{work.name}: {by}: "
+                + (f"{row['step_s_p50']:.2f} s a step" if row["status"] == "ok" else row["error"])
+            )
+    return _write_table(results)
+
+
+def _measure(work: Work, by: str, path: Path, left: float | None, raw_s: float, raw_gib: float) -> dict[str, Any]:
+    """Figures of one run; where a disk takes part, with ``raw``: the disk's rates just before it."""
+    facts: dict[str, Any] = {}
+    begin = time.monotonic()
+    on_disk = (work.store if by == "lowprec" else work.peer) in ("ssd", "nvme")
+    if on_disk:
+        rate, direct = ssd.quick(path, raw_s, raw_gib)
+        facts["raw"] = asdict(rate) | {"direct": direct}
+    left = None if left is None else left - (time.monotonic() - begin)
+    # DeepSpeed keeps its files: a folder of its own, taken away afterwards.
+    place = path if by == "lowprec" else path / "deepspeed"
+    arguments, log = [work.name, by, str(place.resolve())], path / f"{work.name}-{by}.log"
+    try:
+        figures, seconds = figures_of("lowprec.bench.ssd_training.worker", arguments, by, log, left)
+    finally:
+        if place != path:
+            shutil.rmtree(place, ignore_errors=True)
+    return facts | figures | {"seconds": round(seconds, 1)}
+
+
+def _select(names: Sequence[str]) -> list[Work]:
+    known = WORKS | {TINY_WORK.name: TINY_WORK}
+    if list(names) == ["all"]:
+        return list(WORKS.values())
+    for name in names:
+        if name not in known:
+            raise UserError(f"--works {name} is no work of bench ssd. Choose from: {', '.join(known)}, or all.")
+    return [work for work in known.values() if work.name in names]
+
+
+def _wants_peer(names: Sequence[str]) -> bool:
+    for name in names:
+        if name not in ("deepspeed", "all"):
+            raise UserError(f"--peers {name} is not known to bench ssd: the peer here is deepspeed.")
+    reason = deepspeed.why_not(path_of("deepspeed")) if names else None
+    if reason is not None:
+        raise UserError(f"--peers {','.join(names)}: {reason}.")
+    return bool(names)
+
+
+def _write_table(results: Path) -> str:
+    text = markdown(read(results))
+    results.with_suffix(".md").write_text(text, encoding="utf-8")
+    return text

@@ -1,0 +1,67 @@
+"""What is trained over which store, and the peer that is measured beside it."""
+
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+LLAMA_1B = {
+    "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
+    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 8192, "tie_word_embeddings": True,
+}  # fmt: skip
+LLAMA_8B = LLAMA_1B | {
+    "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 128256,
+    "tie_word_embeddings": False,
+}  # fmt: skip
+# A small vocabulary leaves room for the tokens that make a step's compute longer than its transfers.
+LLAMA_LONG = LLAMA_1B | {"num_hidden_layers": 8, "vocab_size": 4096}
+TINY = {
+    "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
+    "num_key_value_heads": 2, "vocab_size": 272, "max_position_embeddings": 256, "tie_word_embeddings": True,
+}  # fmt: skip
+
+
+@dataclass(frozen=True)
+class Work:
+    """One row: a Llama of random weights, its batch, and where its states are. Steps include the first, untimed one."""
+
+    name: str
+    target: str
+    """What is to be reached, in words."""
+    shape: dict[str, Any] = field(default_factory=lambda: LLAMA_1B)
+    batch: int = 4
+    length: int = 2048
+    steps: int = 5
+    store: str = "ssd"
+    state_dtype: str = "fp32"
+    max_grad_norm: float | None = None
+    """Exact clipping, which begins the update after backward; None: in backward."""
+    checkpointing: bool = False
+    cap_gib: float | None = None
+    """Cap on the process's GPU memory."""
+    pinned_gib: float = 2.0
+    peer: str | None = None
+    """The device of DeepSpeed's optimizer that is measured with the same shape and batch."""
+
+    def to_dict(self) -> dict[str, Any]:
+        return asdict(self)
+
+
+WORKS = {
+    work.name: work
+    for work in (
+        Work("fp32", "at least 90 % of the raw mixed rate; at most 70 % of DeepSpeed's step", peer="nvme"),
+        Work("int8", "at least 90 % of the raw mixed rate; at most 30 % of DeepSpeed's step", state_dtype="int8",
+             steps=6, peer="nvme"),
+        Work("fp32_cpu", "at most DeepSpeed's step", store="cpu", steps=6, peer="cpu"),
+        Work("fp32_clip", "as fp32, with one bf16 copy of the gradients more", max_grad_norm=1.0, steps=4),
+        Work("int8_clip", "as int8, with one bf16 copy of the gradients more", max_grad_norm=1.0, state_dtype="int8",
+             steps=5),
+        Work("int8_long", "at most 1.10 x the larger of compute and disk time", LLAMA_LONG, batch=96,
+             checkpointing=True, state_dtype="int8"),
+        Work("8b_24gib", "runs under the cap", LLAMA_8B, batch=1, checkpointing=True, cap_gib=24.0,
+             state_dtype="int8", steps=3),
+        Work("fp32_gpu", "for comparison: no transfers", store="gpu", steps=6),
+    )
+}  # fmt: skip
+TINY_WORK = Work(
+    "tiny", "tries the benchmark out on any machine", TINY, batch=2, length=64, steps=3, pinned_gib=0.05, peer="nvme"
+)

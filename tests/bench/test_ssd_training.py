@@ -1,0 +1,62 @@
+"""bench ssd --works: a tiny work goes through its own process, and the tables say what follows from the figures."""
+
+import json
+
+import pytest
+
+from lowprec.bench.ssd_training import bench_ssd_training
+from lowprec.bench.ssd_training.process import host_gb, host_peak_gb
+from lowprec.bench.ssd_training.table import facts, markdown
+from lowprec.errors import UserError
+
+RAW = {"block_mib": 8.0, "threads": 2, "read_gb_s": 1.9, "write_gb_s": 2.5, "mixed_gb_s": 2.0, "direct": True}
+STEP = {"read_gb": 4.0, "written_gb": 4.2, "forward_s": 0.1, "backward_s": 4.2, "update_s": 0.1, "loss": 9.0}
+
+
+def made_up(by, step_s, **more):
+    steps = [STEP | {"step_s": 9.9, "read_gb": 0.0}] + [STEP | {"step_s": s} for s in step_s]
+    row = {"work": "int8", "by": by, "gpu": "some GPU", "status": "ok", "versions": {"torch": "2"}, "raw": RAW}
+    return row | {"step_s_p50": sorted(step_s)[1], "steps": steps, "peak_gb": 19.7} | more
+
+
+def test_a_work_runs_and_is_not_repeated(tmp_path):
+    said = []
+    table = bench_ssd_training(["tiny"], path=tmp_path, raw_s=0.3, raw_gib=0.125, say=said.append)
+    (row,) = (json.loads(line) for line in (tmp_path / "bench_ssd.jsonl").read_text().splitlines())
+    assert row["status"] == "ok" and row["raw"]["mixed_gb_s"] > 0 and "| tiny | lowprec |" in table
+    first, *later = row["steps"]
+    assert len(later) == 2 and all(step["loss"] < first["loss"] for step in later)
+    assert row["statistics"]["written_gb"] >= 3 * row["statistics"]["states_gib"]
+    assert {"waited_s", "forward_s", "backward_s", "update_s"} <= later[0].keys()
+    left = {path.name for path in tmp_path.iterdir()}
+    assert left == {"bench_ssd.jsonl", "bench_ssd.md"}, "no states stay behind"
+    assert bench_ssd_training(["tiny"], path=tmp_path, raw_s=0.3, raw_gib=0.125, say=said.append) == table
+    assert said[0] == "tiny: lowprec ..." and len(said) == 2
+
+
+def test_what_follows_from_the_figures():
+    row = made_up("lowprec", [4.0, 5.0, 4.5], compute_s=0.5, weights_and_activations_gb=19.5, host_growth_gb=2.1)
+    found = facts(row)
+    assert found["disk_s"] == pytest.approx(4.1) and found["share_of_raw"] == pytest.approx(4.1 / 4.5)
+    assert found["of_larger"] == pytest.approx(4.5 / 4.1) and found["not_hidden_s"] == pytest.approx(4.0)
+    table = markdown([row, made_up("deepspeed", [18.0, 15.0, 17.0], version="0.19.8")])
+    assert "| int8 | deepspeed | 17.00 [18.00, 15.00, 17.00] |" in table and "| 26% |" in table
+    assert "deepspeed 0.19.8" in table and "mixed 2.00 GB/s (8 MiB, 2 threads, O_DIRECT)" in table
+    failed = {"work": "8b_24gib", "by": "lowprec", "gpu": "some GPU", "status": "out of memory", "error": "tried"}
+    assert "8b_24gib by lowprec: out of memory: tried" in markdown([row, failed | {"versions": {}}])
+
+
+def test_what_cannot_run_is_refused_with_the_remedy(tmp_path):
+    with pytest.raises(UserError, match="--works nope is no work of bench ssd"):
+        bench_ssd_training(["nope"], path=tmp_path)
+    with pytest.raises(UserError, match="the peer here is deepspeed"):
+        bench_ssd_training(["tiny"], path=tmp_path, peers=["unsloth"])
+
+
+def test_host_memory_gained_is_counted_from_what_was_resident():
+    """A peak that is over does not hide what comes after it."""
+    past = bytearray(b"x" * (200 << 20))
+    del past
+    before = host_gb()
+    held = bytearray(b"x" * (60 << 20))
+    assert 0.05 < host_peak_gb() - before < 0.2 and len(held)
