@@ -222,10 +222,10 @@ def _profile(options: argparse.Namespace) -> int:
     console = make_console()
     _quiet_libraries(console)
     if options.compare:
-        from lowprec.profiling.folder import read, write_comparison
+        from lowprec.profiling.folder import read_two, write_comparison
         from lowprec.profiling.table import side_by_side
 
-        first, second = map(read, options.compare)
+        first, second = read_two(*options.compare)
         console.print(side_by_side(first, second))
         print(f"wrote {write_comparison(first, second, Path(options.output or 'profiles_compared.html'))}")
     elif options.study:

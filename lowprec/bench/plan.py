@@ -8,6 +8,7 @@ import gc
 import json
 import time
 from collections.abc import Callable, Iterable
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -92,17 +93,18 @@ def bench_plan(
     """
     begin, folder = time.monotonic(), Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    chosen = {
-        name: work for name, work in (works or grid()).items() if not names or any(part in name for part in names)
-    }
+    device, cells, names = torch.device("cuda" if torch.cuda.is_available() else "cpu"), works or grid(), list(names)
+    chosen = {name: work for name, work in cells.items() if not names or any(part in name for part in names)}
+    if not chosen:
+        example = next(iter(cells))
+        raise UserError(f"--works {','.join(names)}: no cell has that in its name. A name is {example!r}.")
     if device.type == "cpu" and any(work.shape is not TINY for work in chosen.values()):
         raise UserError("lowprec bench plan needs a GPU: it measures what plans predict of one.")
     machine, notes = find_machine(None)
     for note in notes:
         tell(note)
     results, planners = folder / "bench_plan.jsonl", {}
-    done = {row["cell"] for row in read(results)}
+    done = {row["cell"] for row in read(results) if not row.get("error")}  # what failed is tried again
     left = [work for name, work in chosen.items() if name not in done]
     for number, work in enumerate(left, 1):
         if minutes is not None and time.monotonic() - begin > minutes * 60:
@@ -111,9 +113,10 @@ def bench_plan(
         key = json.dumps(work.shape)
         if key not in planners:
             planners[key] = _planner(work, machine)
-        row = {"cell": work.name, **predicted(work, planners[key]), **_measured(work, folder, device)}
+        row = {"cell": work.name, "memory_gib": _memory_gib(device)}
+        row |= predicted(work, planners[key]) | _measured(work, folder, device)
         with results.open("a", encoding="utf-8") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("\n" + json.dumps(row))  # on a line of its own, whatever a kill has left of the one before
         tell(f"{number}/{len(left)} {_line(row)}")
     table = markdown(read(results), device, machine)
     (folder / "bench_plan.md").write_text(table, encoding="utf-8")
@@ -121,8 +124,13 @@ def bench_plan(
 
 
 def read(results: Path) -> list[dict[str, Any]]:
-    """The rows so far."""
-    return [json.loads(line) for line in results.read_text().splitlines()] if results.is_file() else []
+    """The last row of every cell so far; a line that a kill has cut off is left out."""
+    rows = {}
+    for line in results.read_text(encoding="utf-8").splitlines() if results.is_file() else ():
+        with suppress(ValueError):
+            row = json.loads(line)
+            rows[row["cell"]] = row
+    return list(rows.values())
 
 
 def _planner(work: Work, machine: Machine | None) -> Planner:
@@ -152,6 +160,8 @@ def _measured(work: Work, folder: Path, device: torch.device) -> dict[str, Any]:
         figures = measure(work, folder, device)
     except torch.OutOfMemoryError:
         figures = {"out_of_memory": True}
+    except Exception as error:  # the other cells are worth their time
+        figures = {"error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     finally:
         release_decode_buffers()
         gc.collect()
@@ -159,7 +169,27 @@ def _measured(work: Work, folder: Path, device: torch.device) -> dict[str, Any]:
             torch._C._cuda_clearCublasWorkspaces()
             torch.cuda.empty_cache()
     names = {"peak_gb": "allocated_gb", "reserved_gb": "reserved_gb", "step_ms_p50": "step_ms"}
-    return {"out_of_memory": False} | {names.get(k, k): figures[k] for k in (*names, "out_of_memory") if k in figures}
+    kept = (*names, "out_of_memory", "error")
+    return {"out_of_memory": False} | {names.get(k, k): figures[k] for k in kept if k in figures}
+
+
+def _memory_gib(device: torch.device) -> float | None:
+    return torch.cuda.get_device_properties(device).total_memory / 2**30 if device.type == "cuda" else None
+
+
+def misses(rows: Iterable[dict[str, Any]]) -> list[str]:
+    """A line for every cell that is further off than 9 in 10 may be, or ran out of memory where the plan fits."""
+    found = []
+    for row in rows:
+        told = [f"{name} {error:+.1%}" for name, error in errors(row).items() if abs(error) > BOUNDS[name][0]]
+        total = sum(row.get("predicted_parts_gb", {}).values()) * 1e9 / 2**30
+        if row["out_of_memory"] and row.get("memory_gib") and total <= row["memory_gib"]:
+            told.append(f"out of memory, predicted to fit ({total:.1f} of {row['memory_gib']:.1f} GiB)")
+        if row.get("error"):
+            told.append(f"not measured: {row['error']}")
+        if told:
+            found.append(f"{row['cell']}: {', '.join(told)}")
+    return found
 
 
 def errors(row: dict[str, Any]) -> dict[str, float]:
@@ -196,12 +226,15 @@ def markdown(rows: list[dict[str, Any]], device: torch.device, machine: Machine 
             )
     head = "| cell | allocated | predicted | | reserved | predicted | | step, ms | predicted | |"
     lines += ["", head, "|" + "---|" * 10]
-    return "\n".join([*lines, *(_line(row) for row in rows)]) + "\n"
+    missed = [f"- {line}" for line in misses(rows)] or ["None."]
+    return "\n".join([*lines, *(_line(row) for row in rows), "", "## Misses", "", *missed]) + "\n"
 
 
 def _line(row: dict[str, Any]) -> str:
     if row["out_of_memory"]:
         return f"| {row['cell']} | out of memory | {row['predicted_allocated_gb']:.2f} |" + " |" * 7
+    if row.get("error"):
+        return f"| {row['cell']} | failed | {row['predicted_allocated_gb']:.2f} |" + " |" * 7
     error, cells = errors(row), [row["cell"]]
     for name, key, digits in (
         ("allocated", "allocated_gb", 2),

@@ -43,12 +43,16 @@ class Followed:
             if parameter.requires_grad:
                 parameter.register_post_accumulate_grad_hook(self._mark_gradient)
 
-    def follow(self, step: Callable[[], None]) -> Tape:
-        """The tape of ``step``, which tells its phases by ``begin``. It begins with all that is there before."""
+    def follow(self, step: Callable[[], None], buffers: Sequence[Tensor] = ()) -> Tape:
+        """The tape of ``step``, which tells its phases by ``begin``. It begins with all that is there before.
+
+        Args:
+            buffers: what stays, beside the model and the optimizer's states.
+        """
         self.tracker = Tracker(self.vocab_size)
         self.tracker.tape.num_layers = self.num_layers
         with self.tracker:
-            self._lay_out()
+            self._lay_out(buffers)
             step()
         return self.tracker.tape
 
@@ -66,7 +70,7 @@ class Followed:
         number = rest.partition(".")[0]
         return int(number) if self.prefix and head == "" and number.isdigit() else None
 
-    def _lay_out(self) -> None:
+    def _lay_out(self, buffers: Sequence[Tensor]) -> None:
         stays = [(self.layer_of(name), name, tensor, 0) for name, tensor in all_tensors(self.model)]
         stays += [(self.layer_of(name), name, None, nbytes) for name, nbytes in self.states]  # type: ignore[misc]
         gradients = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
@@ -80,6 +84,8 @@ class Followed:
                 kind = "gradients" if name == GRADIENT else "adapters" if is_adapter(name) else "weights"
                 self.tracker.hold(tensor, kind)
         self.begin(STILL)
+        for buffer in buffers:
+            self.tracker.hold(buffer, "workspace")
         for _ in range(CUBLAS_HANDLES):
             self.tracker.reserve(CUBLAS_WORKSPACE.get(self.capability[0], CUBLAS_WORKSPACE_OTHER), "workspace")
 

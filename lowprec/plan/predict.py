@@ -19,11 +19,19 @@ from lowprec.plan.states import States, Trained, states_of
 from lowprec.plan.step import TracedRecipe, updates_in_backward
 from lowprec.plan.tape import KINDS, MIDDLE, TEMPLATE_LAYERS, NotUniformError, Stretched, Tape
 from lowprec.plan.timing import StepTime, step_time
+from lowprec.train.options import Train
 
 GIB = 2**30
 PARTS = (*KINDS, "slack", "context")
 UNKNOWN_CARD = "RTX 4060"
 """Whose kernels are assumed where no card is known: its generation decides between kernels, not its size."""
+
+NOT_TRACED = (
+    "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "seed",
+    "eval_steps", "eval_max_samples", "num_sample_answers", "save_steps", "save_total_limit", "report_to",
+)  # fmt: skip
+"""Keys of ``train`` that say nothing of one step."""
+_ANY_TRAIN = Train()
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -58,6 +66,18 @@ class Prediction:
         return self.peak.parts | {"slack": self.reserved - self.peak.allocated, "context": self.context}
 
 
+@dataclass(frozen=True, slots=True)
+class _Traced:
+    """One step of a recipe with micro-batches of one size."""
+
+    recipe: TracedRecipe
+    tape: Tape | Stretched
+    peak: Peak
+    reserved: int
+    offloaded_bytes: int
+    """By one micro-batch, in the layers that were traced."""
+
+
 def model_config(options: Model) -> Any:
     """The model's configuration; its weights need not be there.
 
@@ -84,7 +104,7 @@ class Planner:
         self.vocab_size: int = config.get_text_config().vocab_size
         self._traced: dict[str, TracedRecipe] = {}
         self._whole: set[str] = set()
-        self._known: dict[tuple[str, int, int], Prediction] = {}
+        self._tapes: dict[tuple[str, int, int], _Traced] = {}
 
     def predict(self, recipe: Recipe, rows: int | None = None, length: int | None = None) -> Prediction:
         """One optimizer step with micro-batches of ``rows`` times ``length`` tokens, by default the recipe's.
@@ -95,10 +115,10 @@ class Planner:
         rows = rows or recipe.train.per_device_train_batch_size
         length = length or recipe.data.max_length
         recipe = self._settled(recipe)
-        key = self._key(recipe)
-        if (key, rows, length) not in self._known:
-            self._known[key, rows, length] = self._predict(recipe, key, rows, length)
-        return self._known[key, rows, length]
+        key = self.key(recipe)
+        if (key, rows, length) not in self._tapes:
+            self._tapes[key, rows, length] = self._trace(recipe, key, rows, length)
+        return self._predict(recipe, self._tapes[key, rows, length], rows, length)
 
     def _settled(self, recipe: Recipe) -> Recipe:
         if recipe.model.dtype != AUTO:
@@ -106,34 +126,39 @@ class Planner:
         native = (self._card.capability or (0, 0)) >= (8, 0)
         return replace(recipe, model=replace(recipe.model, dtype="bf16" if native else "fp32"))
 
-    def _key(self, recipe: Recipe) -> str:
-        """What the traced model depends on: all but the size of the batch."""
-        train = replace(recipe.train, per_device_train_batch_size=1, output_dir=None)
-        return repr(replace(recipe, train=train, data=replace(recipe.data, max_length=2048)))
+    def key(self, recipe: Recipe) -> str:
+        """What the traced model depends on: neither the size of the batch, nor for how long and with which data it is
+        trained."""
+        more = min(recipe.train.gradient_accumulation_steps, 2)
+        untold = {name: getattr(_ANY_TRAIN, name) for name in NOT_TRACED}
+        train = replace(recipe.train, gradient_accumulation_steps=more, **untold)
+        optimizer = replace(recipe.optimizer, learning_rate=1.0, warmup_ratio=0.0)
+        recipe = self._settled(recipe)
+        groups = recipe.model, recipe.weights, recipe.wrap, recipe.adapter, recipe.state_store
+        return repr((*groups, optimizer, train))
 
-    def _trace(self, recipe: Recipe, key: str, rows: int, length: int) -> tuple[TracedRecipe, Tape | Stretched, Peak]:
+    def _trace(self, recipe: Recipe, key: str, rows: int, length: int) -> "_Traced":
         few = has_like_layers(self.config) and self._depth > TEMPLATE_LAYERS and key not in self._whole
         if key not in self._traced:
             config = with_layers(self.config, TEMPLATE_LAYERS) if few else self.config
             self._traced[key] = TracedRecipe(recipe, config, self._card)
         traced = self._traced[key]
-        tape = traced.trace(rows, length)
-        if not few:
-            return traced, tape, peak_of(tape)
+        tape: Tape | Stretched = traced.trace(rows, length)
         try:
-            stretched = tape.stretched(self._depth)
-            return traced, stretched, peak_of(stretched)
+            if few:
+                tape = tape.stretched(self._depth)  # type: ignore[union-attr]
+            # lowprec switches expandable segments on, which PyTorch has on Linux alone.
+            allocator = CachingAllocator(expandable=sys.platform == "linux")
+            return _Traced(traced, tape, peak_of(tape), allocator.replay(tape.events()), traced.offloaded_bytes)
         except NotUniformError:
             self._whole.add(key)
             del self._traced[key]
             return self._trace(recipe, key, rows, length)
 
-    def _predict(self, recipe: Recipe, key: str, rows: int, length: int) -> Prediction:
-        traced, tape, peak = self._trace(recipe, key, rows, length)
+    def _predict(self, recipe: Recipe, found: "_Traced", rows: int, length: int) -> Prediction:
+        traced, tape = found.recipe, found.tape
         trained = traced.trained if isinstance(tape, Tape) else _all_layers(traced, self._depth)
         states = states_of(recipe, trained)
-        # lowprec switches expandable segments on, which PyTorch has on Linux alone.
-        reserved = CachingAllocator(expandable=sys.platform == "linux").replay(tape.events())
         accumulated = recipe.train.gradient_accumulation_steps
         time = tokens = joules = None
         if self.machine is not None:
@@ -145,7 +170,7 @@ class Planner:
                 micro_batches=accumulated,
                 update_bytes=3 * weights + 2 * sum(nbytes for _, nbytes in states.device),
                 in_backward=updates_in_backward(recipe),
-                offloaded_bytes=traced.offloaded_bytes * self._depth / traced.num_layers,
+                offloaded_bytes=found.offloaded_bytes * self._depth / traced.num_layers,
             )
             tokens = rows * length * accumulated / time.total_ms * 1e3
             joules = None if self.machine.power_w is None else self.machine.power_w * time.total_ms / 1e3
@@ -154,8 +179,8 @@ class Planner:
         return Prediction(
             rows=rows,
             length=length,
-            peak=peak,
-            reserved=reserved,
+            peak=found.peak,
+            reserved=found.reserved,
             context=int(self._card.context_mib * 2**20),
             ram=_ram(recipe, traced.loaded_parameters(self._depth), states),
             disk=_disk(recipe, trained, states),

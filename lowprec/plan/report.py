@@ -10,7 +10,7 @@ from rich.text import Text
 from lowprec.config import Recipe
 from lowprec.machine import Machine, footprint
 from lowprec.plan.predict import GIB, PARTS, Prediction
-from lowprec.plan.search import Advice
+from lowprec.plan.search import Advice, Nearest
 
 BAR = 32
 
@@ -26,7 +26,7 @@ class Plan:
     """Of the card, or what the user allows."""
     largest: tuple[int, int] | None = None
     advice: list[Advice] = field(default_factory=list)
-    nearest_recipe: str | None = None
+    nearest_recipe: Nearest | None = None
     notes: list[str] = field(default_factory=list)
 
     @property
@@ -72,7 +72,8 @@ class Plan:
             if self.largest is None
             else {"per_device_train_batch_size": self.largest[0], "max_length": self.largest[1]},
             "advice": [asdict(change) for change in self.advice],
-            "nearest_recipe": self.nearest_recipe,
+            "nearest_recipe": None if self.nearest_recipe is None else self.nearest_recipe.name,
+            "nearest_recipe_also": [] if self.nearest_recipe is None else list(self.nearest_recipe.also),
             "layers": p.schemes,
             "notes": self.notes,
         }
@@ -140,9 +141,10 @@ class Plan:
                 mark = "  [green]fits[/]" if change.fits else ""
                 lines.append(f"  {change.key}={change.value}{also}  saves {change.saves_gib:.2f} GiB{mark}")
         if self.nearest_recipe:
-            lines.append(f"Nearest shipped recipe that fits: [bold]{self.nearest_recipe}[/]")
+            keys = " ".join(self.nearest_recipe.also)
+            lines.append(f"Nearest shipped recipe that fits: [bold]{self.nearest_recipe.name}[/] {keys}".rstrip())
         elif self.fits is False:
-            lines.append("No shipped recipe fits with this batch.")
+            lines.append("No shipped recipe fits, not even one row at a time.")
         return lines + [f"[yellow]Note:[/] {note}" for note in self.notes]
 
     def _room(self) -> str:

@@ -9,7 +9,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lowprec.layers.auto import Auto
-from lowprec.layers.decode_buffer import DecodeBuffer, decode_buffer
+from lowprec.layers.decode_buffer import decode_buffer
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Int8Hadamard
 from lowprec.layers.nf4 import NF4, PRODUCTS
 from lowprec.machine import Machine
@@ -93,13 +93,17 @@ def without_data(weights: Any, machine: Machine) -> Any:
     return stand_ins[type(weights)](**{field.name: getattr(weights, field.name) for field in fields(weights)})
 
 
-def lend_once(model: nn.Module) -> DecodeBuffer | None:
-    """Let the buffer for decoded weights take its final size, as it has from the first step on."""
+def lend_once(model: nn.Module) -> torch.Tensor | None:
+    """Let the buffer for decoded weights take its final size, as it has from the first step on.
+
+    Returns:
+        A tensor over all of the buffer; None where no layer is packed.
+    """
     packed = [m for m in model.modules() if hasattr(m, "stored") and hasattr(getattr(m, "weight", None), "quant_state")]
     if not packed:
         return None
     largest = max(packed, key=lambda m: m.out_features * m.in_features)  # type: ignore[operator]
-    buffer = decode_buffer(torch.device("cpu"))
     dtype = largest.compute_dtype if largest.plan is None else largest.plan.dtype  # type: ignore[union-attr]
-    with buffer.lend((largest.out_features, largest.in_features), dtype):  # type: ignore[arg-type]
-        return buffer
+    shape = (largest.out_features, largest.in_features)
+    with decode_buffer(torch.device("cpu")).lend(shape, dtype) as lent:  # type: ignore[arg-type]
+        return lent

@@ -130,36 +130,63 @@ def _replaced(overrides: list[str], added: list[str]) -> list[str]:
     return [item for item in overrides if item.partition("=")[0] not in keys] + added
 
 
-def nearest_recipe(planner: Planner, name: str, overrides: list[str], recipe: Recipe, limit: float) -> str | None:
-    """The shipped recipe that differs in the fewest groups from this one and fits, with the same model, data and batch;
-    of several, the one that takes most."""
-    groups = ("adapter", "weights", "optimizer", "state_store")
-    kept = [item for item in overrides if item.partition(".")[0] in ("model", "data", "train") or item[:6] == "model="]
-    candidates: list[tuple[int, int, str]] = []
-    for shipped in shipped_recipes():
-        if shipped == name:
-            continue
-        try:
-            other, _ = resolve(shipped, _same_batch(kept, recipe))
-            prediction: Prediction = planner.predict(other)
-        except UserError:
-            continue
-        if prediction.total <= limit:
-            different = sum(other.choice(group) != recipe.choice(group) for group in groups)
-            candidates.append((different, -prediction.total, shipped))
-    return min(candidates)[2] if candidates else None
+@dataclass(frozen=True, slots=True)
+class Nearest:
+    """A shipped recipe that fits."""
+
+    name: str
+    also: tuple[str, ...] = ()
+    """The keys to set with it, where it fits with a smaller micro-batch alone."""
 
 
-def _same_batch(overrides: list[str], recipe: Recipe) -> list[str]:
+GROUPS = ("adapter", "weights", "optimizer", "state_store")
+"""In which recipes differ, as far as memory goes."""
+
+
+def nearest_recipe(planner: Planner, name: str, overrides: list[str], recipe: Recipe, limit: float) -> Nearest | None:
+    """The shipped recipe that differs in the fewest groups from this one and fits, with the same model and data; of
+    several, the one that takes most. First with the batch as it is, then with one row at a time and the same effective
+    batch, then with the inputs of its layers in host memory as well."""
     train = recipe.train
-    return _replaced(
-        overrides,
-        [
-            f"model.model_name_or_path={recipe.model.model_name_or_path}",
-            f"data.path={recipe.data.path}",
-            f"data.max_length={recipe.data.max_length}",
-            f"train.per_device_train_batch_size={train.per_device_train_batch_size}",
-            f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}",
-            f"train.gradient_checkpointing={train.gradient_checkpointing}",
-        ],
+    batch = train.per_device_train_batch_size * train.gradient_accumulation_steps
+    one_row = (
+        ("train.per_device_train_batch_size=1", f"train.gradient_accumulation_steps={batch}")
+        if train.per_device_train_batch_size > 1
+        else ()
     )
+    kept = [item for item in overrides if item.partition(".")[0] in ("model", "data", "train") or item[:6] == "model="]
+    kept = _replaced(kept, _same_batch(recipe))
+    hopeless: set[str] = set()
+    for also in dict.fromkeys([(), one_row, (*one_row, "train.gradient_checkpointing=offload")]):
+        candidates: dict[str, tuple[int, int, str]] = {}
+        for shipped in shipped_recipes():
+            if shipped in hopeless or (shipped == name and not also):
+                continue
+            try:
+                other, _ = resolve(shipped, _replaced(kept, list(also)))
+                key = planner.key(other)
+                if key in candidates or key == planner.key(recipe):
+                    continue  # another name for the same
+                found: Prediction = planner.predict(other)
+            except UserError:
+                continue
+            if found.peak.by_phase["model"] + found.context > limit:
+                hopeless.add(shipped)
+            elif found.total <= limit:
+                different = sum(other.choice(group) != recipe.choice(group) for group in GROUPS)
+                candidates[key] = different, -found.total, shipped
+        if candidates:
+            return Nearest(min(candidates.values())[2], also)
+    return None
+
+
+def _same_batch(recipe: Recipe) -> list[str]:
+    train = recipe.train
+    return [
+        f"model.model_name_or_path={recipe.model.model_name_or_path}",
+        f"data.path={recipe.data.path}",
+        f"data.max_length={recipe.data.max_length}",
+        f"train.per_device_train_batch_size={train.per_device_train_batch_size}",
+        f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}",
+        f"train.gradient_checkpointing={train.gradient_checkpointing}",
+    ]

@@ -96,11 +96,11 @@ class TracedRecipe:
             function.sent_bytes = 0
         try:
             with self._without_data():
-                lend_once(self.model)
+                buffer = lend_once(self.model)
                 if self.recipe.train.gradient_accumulation_steps > 1:  # those of the micro-batches before
                     for parameter in self._parameters:
                         parameter.grad = torch.empty_like(parameter)
-                return self.followed.follow(lambda: self._step(rows, length))
+                return self.followed.follow(lambda: self._step(rows, length), [] if buffer is None else [buffer])
         finally:
             release_decode_buffers()  # it has no data, and belongs to the whole process
 

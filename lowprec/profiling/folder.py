@@ -62,6 +62,18 @@ def read(path: str) -> dict[str, Any]:
     return figures
 
 
+def read_two(one: str, other: str) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Two profiles to be shown side by side; where both are of one recipe, they are named by their paths.
+
+    Raises:
+        UserError: one of them is no profile.
+    """
+    first, second = read(one), read(other)
+    if first["name"] == second["name"]:
+        first, second = first | {"name": one.rstrip("/")}, second | {"name": other.rstrip("/")}
+    return first, second
+
+
 def write_comparison(first: dict[str, Any], second: dict[str, Any], target: Path) -> Path:
     target.write_text(comparison(first, second), encoding="utf-8")
     return target

@@ -31,10 +31,14 @@ svg .mark{stroke:var(--c3);stroke-width:2}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
 .scroll{overflow-x:auto}table{border-collapse:collapse;width:100%;font-size:13.5px;font-variant-numeric:tabular-nums}
 th{font-weight:600;color:var(--soft);text-align:left}th,td{padding:4px 12px 4px 0;border-bottom:1px solid var(--line)}
-td.n,th.n{text-align:right}td.name{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:12.5px;
+td.n,th.n{text-align:right}td.n{white-space:nowrap}
+td.name{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:12.5px;
 overflow-wrap:anywhere}tr:last-child td{border-bottom:0}.warn{border-left:4px solid var(--c4)}
 .bad{border-left:4px solid var(--c3)}.two{display:grid;grid-template-columns:1fr 1fr;gap:16px}
-@media (max-width:700px){.two{grid-template-columns:1fr}}
+p,h2,.legend{overflow-wrap:anywhere}
+@media (max-width:700px){.two{grid-template-columns:1fr}section{padding:14px}th,td{padding:4px 7px 4px 0}
+table{font-size:12px}td.name{font-size:11px}.tile b{font-size:19px}svg text.axis{font-size:27px}
+svg text.on{display:none}}
 """
 
 
@@ -64,7 +68,7 @@ def comparison(first: Figures, second: Figures) -> str:
         values = find(first), find(second)
         if any(values):
             told = ["" if value is None else write(value) for value in values]
-            rows.append((label.replace("  ", "\u2003"), *told, ratio(*values)))
+            rows.append((label.replace("  ", "\u00a0\u00a0"), *told, ratio(*values)))
     columns = [("", ""), (first["name"], "n"), (second["name"], "n"), ("second / first", "n")]
     step = max(sum(_phase_parts(f).values()) for f in (first, second))
     memory = max(sum(_kinds(f).values()) for f in (first, second))

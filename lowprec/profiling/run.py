@@ -118,7 +118,7 @@ def _measure(run: Run, console: Console) -> tuple[Session, dict[str, Any] | None
     run.model.zero_grad(set_to_none=True)
     if session.timeline is None:
         session.timeline = _follow_again(run, batch)
-    return session, _failure(run, where, session.timeline)
+    return session, _failure(run, where, session.timeline, session.num_steps)
 
 
 def _say(session: Session, console: Console) -> None:
@@ -143,7 +143,7 @@ def _follow_again(run: Run, batch: Any) -> Timeline:
     return Timeline.of(alive)
 
 
-def _failure(run: Run, where: str, timeline: Timeline | None) -> dict[str, Any]:
+def _failure(run: Run, where: str, timeline: Timeline | None, steps_done: int = 0) -> dict[str, Any]:
     """What ran out where, who held the memory, and which change would have fitted."""
     found: dict[str, Any] = {"where": where, "told": [f"Memory ran out {where}."], "fits": None}
     if timeline is not None:
@@ -153,9 +153,9 @@ def _failure(run: Run, where: str, timeline: Timeline | None) -> dict[str, Any]:
         train = run.recipe.train
         effective = train.per_device_train_batch_size * train.gradient_accumulation_steps
         with suppress(torch.OutOfMemoryError):
-            tried = find_batch_size(
-                run.wrapped, run.loader, run.accelerator, effective, states_to_come(run.recipe, run.model)
-            )
+            # The optimizer's states are there from the first step on.
+            to_come = 0 if steps_done else states_to_come(run.recipe, run.model)
+            tried = find_batch_size(run.wrapped, run.loader, run.accelerator, effective, to_come)
             found["fits"] = {
                 "train.per_device_train_batch_size": tried.batch_size,
                 "train.gradient_accumulation_steps": tried.accumulation,

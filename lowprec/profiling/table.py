@@ -24,7 +24,7 @@ def rates(value: float) -> str:
 
 
 def ms(value: float) -> str:
-    return f"{value:,.1f} ms" if value < 10_000 else f"{value / 1000:,.1f} s"
+    return f"{value:,.1f} ms" if value < 1000 else f"{value / 1000:,.2f} s"
 
 
 def gib(value: float) -> str:

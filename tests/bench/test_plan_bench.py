@@ -3,7 +3,8 @@
 import pytest
 import torch
 
-from lowprec.bench.plan import BOUNDS, bench_plan, errors, grid, markdown, read
+from lowprec.bench import plan as plan_bench
+from lowprec.bench.plan import BOUNDS, bench_plan, errors, grid, markdown, misses, read
 from lowprec.bench.train.works import TINY, Work
 from lowprec.errors import UserError
 
@@ -34,6 +35,32 @@ def test_it_writes_a_row_a_cell_and_goes_on(tmp_path):
     assert table == (tmp_path / "bench_plan.md").read_text()
     for row in read(tmp_path / "bench_plan.jsonl"):
         assert row["step_ms"] > 0 and row["predicted_allocated_gb"] > 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there, cells of the tiny shape have no promise to keep")
+def test_a_cell_that_fails_and_a_line_cut_off_stop_nothing(tmp_path, monkeypatch):
+    def fails(work, folder, device):
+        raise RuntimeError("no such\nkernel")
+
+    monkeypatch.setattr(plan_bench, "measure", fails)
+    (tmp_path / "bench_plan.jsonl").write_text('{"cell": "full", "predi')
+    table = bench_plan(tmp_path, works={"lora": tiny("lora", "lora")}, tell=lambda text: None)
+    assert [row["cell"] for row in read(tmp_path / "bench_plan.jsonl")] == ["lora"]
+    monkeypatch.undo()
+    again = bench_plan(tmp_path, works={"lora": tiny("lora", "lora")}, tell=lambda text: None)
+    assert "failed" not in again and [row["cell"] for row in read(tmp_path / "bench_plan.jsonl")] == ["lora"]
+    assert "| lora | failed |" in table and "- lora: not measured: RuntimeError: no such kernel" in table
+
+
+def test_names_of_no_cell_are_a_mistake(tmp_path):
+    with pytest.raises(UserError, match="no cell has that in its name"):
+        bench_plan(tmp_path, names=["70b"])
+
+
+def test_memory_that_runs_out_against_the_plan_is_a_miss():
+    row = {"cell": "x", "out_of_memory": True, "memory_gib": 80.0, "predicted_parts_gb": {"weights": 50.0}}
+    assert misses([row]) == ["x: out of memory, predicted to fit (46.6 of 80.0 GiB)"]
+    assert misses([row | {"memory_gib": 40.0}]) == []
 
 
 def test_it_needs_a_gpu_for_real_shapes(tmp_path):

@@ -11,12 +11,14 @@ import lowprec
 from lowprec.cli import EXIT_DOES_NOT_FIT, main
 from lowprec.config import resolve
 from lowprec.errors import UserError
+from lowprec.machine import named_card
 from lowprec.optim import AdamW
-from lowprec.plan import Planner, fitting_policy
+from lowprec.plan import Planner, fitting_policy, predict
 from lowprec.plan.predict import GIB, PARTS, parse_gib
 from lowprec.plan.run import with_checkpointing
 from lowprec.plan.search import last_that_fits
 from lowprec.plan.states import Trained, states_of
+from lowprec.plan.step import TracedRecipe
 from lowprec.testing import save_tiny, tiny_model
 
 FIELDS = {
@@ -88,6 +90,32 @@ def test_what_does_not_fit_gets_advice_and_another_recipe(folder, full, too_larg
     answer.render(console)
     text = console.export_text()
     assert "does not fit" in text and f"{best.key}={best.value}" in text
+
+
+def test_a_recipe_that_fits_one_row_at_a_time_alone_is_named_with_its_keys(folder):
+    long = "data.max_length=1024"
+    one_row = planned(folder, "lora", long, "train.per_device_train_batch_size=1").prediction.total
+    answer = planned(folder, "full", long, "train.gradient_accumulation_steps=3", vram=one_row / GIB).to_dict()
+    assert answer["fits"] is False and answer["nearest_recipe"] == "lora"
+    assert answer["nearest_recipe_also"] == [
+        "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=12"
+    ]  # fmt: skip
+
+
+def test_what_changes_no_step_is_traced_once(folder, monkeypatch):
+    made = []
+    monkeypatch.setattr(predict, "TracedRecipe", lambda *args: made.append(1) or TracedRecipe(*args))
+    planner = Planner(tiny_model("llama", num_hidden_layers=7).config, named_card("RTX 4060"))
+    same = [f"model.model_name_or_path={folder}", "data.path=x", "data.max_length=64"]
+
+    def of(*overrides):
+        return planner.predict(resolve("lora", [*same, *overrides])[0])
+
+    first, more = of(), of("train.gradient_accumulation_steps=16", "optimizer.learning_rate=1e-3", "train.save_steps=7")
+    assert len(made) == 1 and first.total == more.total
+    assert more.time.total_ms == pytest.approx(2 * first.time.total_ms, rel=0.2)  # 16 micro-batches instead of 8
+    of("train.gradient_accumulation_steps=1", "train.max_grad_norm=0.5"), of("adapter.r=8")
+    assert len(made) == 3
 
 
 def test_policies_are_tried_from_the_fastest_on(folder):

@@ -19,6 +19,7 @@ RECIPES = {
     "lora, offload": ["lora", "train.gradient_checkpointing=offload"],
     "lora, selective": ["lora", "train.gradient_checkpointing=selective"],
     "peft's lora": ["lora", "adapter.fused=false", "adapter.lora_dropout=0.1", "train.use_liger_kernel=false"],
+    "qlora, offload": ["qlora_nf4", "weights.product=bf16", "train.gradient_checkpointing=offload"],
     "qlora, int8 products": ["qlora_nf4", "weights.product=int8"],
 }
 

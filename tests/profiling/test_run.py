@@ -12,7 +12,7 @@ from rich.console import Console
 from lowprec.cli import main
 from lowprec.config import resolve
 from lowprec.errors import UserError
-from lowprec.profiling.folder import read
+from lowprec.profiling.folder import read, read_two
 from lowprec.profiling.run import profile_recipe
 from tests.train.conftest import arguments, fresh_accelerate, tiny  # noqa: F401  fixtures
 
@@ -100,6 +100,8 @@ def test_two_profiles_side_by_side(lora, tmp_path, capsys):
     assert main(["profile", "--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(target)]) == 0
     printed = capsys.readouterr().out
     assert "second / first" in printed and " x" in printed
+    one, other = read_two(f"{tmp_path}/a/", str(tmp_path / "b"))
+    assert (one["name"], other["name"]) == (str(tmp_path / "a"), str(tmp_path / "b")), "two of one recipe"
     page = target.read_text()
     assert page.count("<svg") >= 6 and not re.search(r"<script|<link|https?://", page)
 

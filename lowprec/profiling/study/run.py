@@ -3,6 +3,7 @@
 import json
 import multiprocessing
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -118,6 +119,7 @@ def _run_all(
 def _work(
     cells: list[Cell], shape: str, folder: str, warmup: int, steps: int, total: int, deadline: float | None
 ) -> None:
+    warnings.simplefilter("ignore")  # other libraries', once a cell: a cell has one line
     from lowprec.profiling.study.measure import measure, recipe_of
     from lowprec.train.launch import start_accelerator
 
