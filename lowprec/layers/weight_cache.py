@@ -19,7 +19,6 @@ from functools import cache
 from typing import Generic, TypeVar
 
 import torch
-from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.optim.optimizer import register_optimizer_step_post_hook
 
@@ -29,13 +28,13 @@ Made = TypeVar("Made")
 class WeightCache(Generic[Made]):
     """What was made of one parameter."""
 
-    def __init__(self, weight: nn.Parameter) -> None:
+    def __init__(self, weight: torch.Tensor) -> None:
         self._owner = weakref.ref(weight)
         self._key: tuple | None = None
         self._made: Made | None = None
         self._told = False
 
-    def get(self, weight: nn.Parameter, make: Callable[[], Made]) -> Made:
+    def get(self, weight: torch.Tensor, make: Callable[[], Made]) -> Made:
         """What ``make`` gave for these values of ``weight``, or gives now."""
         if torch.compiler.is_compiling() or (weight.is_cuda and torch.cuda.is_current_stream_capturing()):
             return make()
@@ -57,7 +56,7 @@ class WeightCache(Generic[Made]):
             self._told = True
 
 
-def _key_of(weight: nn.Parameter) -> tuple:
+def _key_of(weight: torch.Tensor) -> tuple:
     storage = StorageWeakRef(weight.untyped_storage())  # as long as it is held, no other storage can be taken for it
     return storage, weight.storage_offset(), weight._version, weight.dtype, weight.shape, _optimizer_steps()[0]
 
