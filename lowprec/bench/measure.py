@@ -10,7 +10,6 @@ from rich.table import Table
 
 from lowprec.errors import UserError
 
-
 PEAK_TFLOPS = {"H100": (989, 1979), "H200": (989, 1979), "4090": (165, 330), "A100": (312, 624)}
 """Dense 16-bit and 8-bit rates of datasheets."""
 

@@ -4,9 +4,10 @@ machine.
 Times: forward and backward of one layer at ``tokens`` tokens, on the device that the weights are on. Noise: the output
 and both gradients of a calibration batch (inputs and errors of every layer, from one pass of the model), pooled, in dB
 against fp32 products. Without a calibration batch the inputs are normal numbers, which flatter every scheme; the report
-says so. A rotated e4m3 scheme that is noisier than the plain one is not taken, however fast. Verdicts on time are kept in a
-file keyed by GPU, versions and shape. Where the machine was measured (``lowprec doctor --measure``), a scheme whose
-products alone would take longer than those in 16 bits is not timed.
+says so.
+A rotated e4m3 scheme that is noisier than the plain one is not taken, however fast. Verdicts on time are kept in a file
+keyed by GPU, versions and shape. Where the machine was measured (``lowprec doctor --measure``), a scheme whose products
+alone would take longer than those in 16 bits is not timed.
 """
 
 import copy
