@@ -220,6 +220,7 @@ def test_a_weight_frozen_after_the_conversion_warns_and_names_the_argument():
         ({"cache": "all"}, "weights.cache='all'"),
         ({"layout": "none"}, "weights.layout='none'"),
         ({"largest_block": 48}, "weights.largest_block=48"),
+        ({"wide_block": 512}, "weights.wide_block=512"),
         ({"forward": Product(rotate="out")}, "weights.forward.rotate='out'"),
         ({"input_gradient": Product(scale="block")}, "weights.input_gradient.scale='block'"),
         ({"weight_gradient": WeightGradient(precision="fp4")}, "weights.weight_gradient.precision='fp4'"),
