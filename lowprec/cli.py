@@ -324,11 +324,11 @@ def _bench(options: argparse.Namespace) -> int:
         return _bench_plan(options)
     else:
         if options.what == "linear":
-            result = linear.run(options.tokens, bool(options.peers))
+            results = [linear.run(options.tokens, bool(options.peers)), linear.break_even()]
         else:
-            result = (rotate.run if options.what == "rotate" else matmul.run)(options.tokens)
-        make_console().print(result)
-        figures = result.to_dict()
+            results = [(rotate.run if options.what == "rotate" else matmul.run)(options.tokens)]
+        make_console().print(*results)
+        figures = results[0].to_dict() | {"more": [result.to_dict() for result in results[1:]]}
     if options.json:
         Path(options.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
     return 0

@@ -127,7 +127,7 @@ def wrap(
         del linear
         row.reason = row.reason or reasons.get(name, "")
         rows.append(row)
-    rows += _expert_rows(model)
+    rows += _expert_rows(model, parameters)
     report = WrapReport(rows, parameters, fused=fuse(model, _device_of(model, device), use_liger_kernel))
     _check_result(report, default, chosen)
     return report
@@ -242,8 +242,8 @@ def _row(name: str, linear: nn.Linear | Conv1D) -> LinearRow:
     )
 
 
-def _expert_rows(model: nn.Module) -> list[LinearRow]:
-    """Fused expert weights: 3-D parameters held by a module whose path names experts."""
+def _expert_rows(model: nn.Module, parameters: int) -> list[LinearRow]:
+    """Fused expert weights: 3-D parameters held by a module whose path names experts. ``parameters``: of the model."""
     config = getattr(model, "config", None)
     visited = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
     rows = []
@@ -257,7 +257,8 @@ def _expert_rows(model: nn.Module) -> list[LinearRow]:
                 shape=list(parameter.shape),
                 scheme=BF16,
                 kernel="the model's own",
-                reason="fused experts: there is no grouped 8-bit product for them",
+                reason=f"fused experts, {parameter.numel() / parameters:.1%} of the model's parameters: there is no "
+                "grouped 8-bit product for them",
                 parameters=parameter.numel(),
                 flops_per_token=2.0 * parameter.numel() * share,
             )

@@ -132,6 +132,8 @@ def test_fused_experts_and_routers_are_listed():
         report = wrap(model, "fp8")
     experts = [row for row in report.rows if "experts" in row.name]
     assert [row.shape for row in experts] == [[4, 64, 32], [4, 32, 32]]
+    share = experts[0].parameters / sum(p.numel() for p in model.parameters())
+    assert f"{share:.1%} of the model's parameters" in experts[0].reason
     assert all("grouped" in row.reason and row.flops_per_token == row.parameters for row in experts)
 
 

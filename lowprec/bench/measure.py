@@ -10,6 +10,9 @@ from rich.table import Table
 
 from lowprec.errors import UserError
 
+PEAK_TFLOPS = {"H100": (989, 1979), "H200": (989, 1979), "4090": (165, 330), "A100": (312, 624)}
+"""Dense 16-bit and 8-bit rates of datasheets."""
+
 
 @dataclass(slots=True)
 class BenchResult:
@@ -42,6 +45,12 @@ def need_gpu(verb: str) -> None:
     """Raises UserError without a CUDA device: these benchmarks measure its kernels and nothing else."""
     if not torch.cuda.is_available():
         raise UserError(f"`lowprec bench {verb}` measures CUDA kernels, and this machine has no CUDA device.")
+
+
+def peak_tflops(eight_bit: bool) -> float:
+    """The datasheet's rate of this GPU's 8-bit or 16-bit products; NaN for a card that is not listed."""
+    name = torch.cuda.get_device_name()
+    return next((rates[eight_bit] for card, rates in PEAK_TFLOPS.items() if card in name), float("nan"))
 
 
 def machine() -> dict[str, str]:

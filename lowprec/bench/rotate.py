@@ -15,7 +15,7 @@ from lowprec_kernels.quantize_rows.reference import FP8
 from lowprec import ops
 from lowprec.bench.measure import BenchResult, need_gpu
 from lowprec.layers.nf4 import NF4, PRODUCTS
-from lowprec.layers.products import GRADIENT_BLOCK
+from lowprec.layers.products import GRADIENT_BLOCK, WIDE_BLOCK
 from lowprec.machine.timing import copy_bandwidth, milliseconds
 
 
@@ -81,6 +81,7 @@ def _passes(x: torch.Tensor, case: Case) -> list[dict]:
         f"rows, int8, block {case.block}": (lambda: ops.quantize_rows(x, case.block, torch.int8), case.row_bytes),
         f"rows, fp8, block {case.block}": (lambda: ops.quantize_rows(x, case.block, FP8), case.row_bytes),
         "rows, fp8, no rotation": (lambda: ops.quantize_rows(x, 1, FP8), case.row_bytes),
+        f"rows, int8, block {WIDE_BLOCK}": (lambda: ops.quantize_rows(x, WIDE_BLOCK, torch.int8), case.row_bytes),
         f"columns, int8, block {GRADIENT_BLOCK}": (
             lambda: ops.quantize_columns(x, GRADIENT_BLOCK, torch.int8),
             case.column_bytes,

@@ -4,8 +4,10 @@ machine.
 Times: forward and backward of one layer at ``tokens`` tokens, on the device that the weights are on. Noise: the output
 and both gradients of a calibration batch (inputs and errors of every layer, from one pass of the model), pooled, in dB
 against fp32 products. Without a calibration batch the inputs are normal numbers, which flatter every scheme; the report
-says so. Verdicts on time are kept in a file keyed by GPU, versions and shape. Where the machine was measured
-(``lowprec doctor --measure``), a scheme whose products alone would take longer than those in 16 bits is not timed.
+says so.
+A rotated e4m3 scheme that is noisier than the plain one is not taken, however fast. Verdicts on time are kept in a file
+keyed by GPU, versions and shape. Where the machine was measured (``lowprec doctor --measure``), a scheme whose products
+alone would take longer than those in 16 bits is not timed.
 """
 
 import copy
@@ -109,16 +111,23 @@ class Auto:
             f"{scheme.option_name}'s products alone take {ratio:.1f}x those in 16 bits by this machine's profile"
             for scheme, ratio in hopeless
         ]
+
+        def noise_db(scheme: EightBit) -> float:
+            layer = scheme.convert(copy.deepcopy(linear), frozen)
+            x, error = sample or normal_sample(linear)
+            return min(layer_noise_db(layer, linear.weight, x, error, not frozen))
+
         for scheme in schemes:
             took = times[scheme.option_name]
             if took >= plain:
                 notes.append(f"{scheme.option_name} {plain / took:.2f}x")
                 continue
-            layer = scheme.convert(copy.deepcopy(linear), frozen)
-            x, error = sample or normal_sample(linear)
-            worst = min(layer_noise_db(layer, linear.weight, x, error, not frozen))
+            worst = noise_db(scheme)
             if worst < self.min_sqnr_db:
                 notes.append(f"{scheme.option_name} {worst:.0f} dB is under {self.min_sqnr_db:.0f}")
+                continue
+            if isinstance(scheme, Fp8Hadamard) and worst < (plain_fp8 := noise_db(Fp8())):
+                notes.append(f"fp8_hadamard's {worst:.1f} dB are fewer than the {plain_fp8:.1f} of fp8")
                 continue
             measured = "" if sample else " on normal numbers (no calibration batch)"
             return scheme, f"{plain / took:.2f}x bf16 at {self.tokens} tokens, {worst:.0f} dB{measured}"

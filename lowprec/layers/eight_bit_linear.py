@@ -7,6 +7,7 @@ from typing import NoReturn
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.distributed.tensor import DTensor
 
 from lowprec.errors import UserError
 from lowprec.layers.eight_bit import (
@@ -23,6 +24,7 @@ from lowprec.layers.eight_bit import (
     weight_codes,
 )
 from lowprec.layers.products import FP8, Plan
+from lowprec.layers.weight_cache import WeightCache
 
 
 class _EightBitLinear(nn.Linear):
@@ -55,9 +57,8 @@ class TrainedEightBitLinear(_EightBitLinear):
     """A linear layer whose weight stays an ordinary parameter; all three products run in 8 bits.
 
     ``cache`` says what outlives a call: ``none``; ``one``, the codes of the forward product; ``both``, those of the
-    input gradient too. They are made again when the weight is another tensor or its version counter has moved, which
-    every in-place operation, optimizer step and ``load_state_dict`` does. Writing through ``weight.data`` does not
-    move it: call ``forget_codes()`` after that.
+    input gradient too. ``weight_cache.py`` says when they are made again. Writing through ``weight.data`` between two
+    steps of the optimizer moves nothing that can be seen: call ``forget_codes()`` after that.
     """
 
     def __init__(self, linear: nn.Linear, plan: Plan, cache: str):
@@ -69,22 +70,24 @@ class TrainedEightBitLinear(_EightBitLinear):
 
     def forget_codes(self) -> None:
         """Drop the cached codes of the weight."""
-        self._cached_for: tuple | None = None
-        self._cached: tuple[Codes, Codes | None] | None = None
+        self._kept: WeightCache[tuple[Codes, Codes | None]] = WeightCache(self.weight)
 
     def __getstate__(self) -> dict:
-        return self.__dict__ | {"_cached_for": None, "_cached": None}
+        return {name: value for name, value in self.__dict__.items() if name != "_kept"}
+
+    def __setstate__(self, state: dict) -> None:
+        super().__setstate__(state)
+        self.forget_codes()
 
     def _codes(self) -> tuple[Codes, Codes | None]:
         if self.cache == "none":
             return weight_codes(self.weight.detach(), self.plan), None
-        key = (self.weight.data_ptr(), self.weight._version, self.weight.dtype, self.weight.shape)
-        if self._cached is None or self._cached_for != key:
-            weight = self.weight.detach()
-            forward = weight_codes(weight, self.plan)
-            backward = transposed_weight(weight, forward, self.plan) if self.cache == "both" else None
-            self._cached, self._cached_for = (forward, backward), key
-        return self._cached
+        return self._kept.get(self.weight, self._make_codes)
+
+    def _make_codes(self) -> tuple[Codes, Codes | None]:
+        weight = self.weight.detach()
+        forward = weight_codes(weight, self.plan)
+        return forward, transposed_weight(weight, forward, self.plan) if self.cache == "both" else None
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         if not self.weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
@@ -179,7 +182,10 @@ class FrozenEightBitLinear(_EightBitLinear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The decoded weight, made anew at each reading."""
+        """The decoded weight, made anew at each reading; where FSDP2 has sharded the codes, its shard of them."""
+        stored = self._parameters["weight"]
+        if isinstance(stored, DTensor):
+            return stored
         weight = self.dequantized_weight()
         # A tensor without data (lowprec.plan) has a class already.
         return weight if isinstance(weight, FakeTensor) else weight.as_subclass(DecodedWeight)

@@ -14,7 +14,7 @@ from torch import nn
 
 from lowprec.errors import UserError
 from lowprec.layers.eight_bit_linear import FrozenEightBitLinear, TrainedEightBitLinear
-from lowprec.layers.products import FP8, PRESETS, Plan, Product, WeightGradient, halo, make_plan
+from lowprec.layers.products import FP8, PRESETS, WIDE_BLOCK, Plan, Product, WeightGradient, halo, make_plan
 from lowprec.ops.backends import choose
 from lowprec.ops.scaled_matmul import BACKENDS as PRODUCT_BACKENDS
 from lowprec.option import option
@@ -39,6 +39,8 @@ class EightBit:
     (2)."""
     largest_block: int = LARGEST_BLOCK
     """Largest order of a rotation's blocks: a power of two from 16 to 256."""
+    wide_block: int = LARGEST_BLOCK
+    """The same over the inputs of layers that have more inputs than outputs, as down projections do."""
     fast_accumulation: bool = True
     """The forward product's sums may drop bits, as e4m3 tensor cores do by themselves."""
     fast_gradients: bool = False
@@ -54,8 +56,9 @@ class EightBit:
         for name, choices in (("cache", ("none", "one", "both")), ("layout", ("one", "both"))):
             if getattr(self, name) not in choices:
                 raise UserError(f"weights.{name}={getattr(self, name)!r} is not one of {', '.join(choices)}.")
-        if self.largest_block not in (16, 32, 64, 128, 256):
-            raise UserError(f"weights.largest_block={self.largest_block} is not one of 16, 32, 64, 128, 256.")
+        for name in ("largest_block", "wide_block"):
+            if getattr(self, name) not in (16, 32, 64, 128, 256):
+                raise UserError(f"weights.{name}={getattr(self, name)} is not one of 16, 32, 64, 128, 256.")
 
     def plan(self, in_features: int, out_features: int) -> Plan:
         """The products for one shape."""
@@ -67,6 +70,7 @@ class EightBit:
             in_features,
             out_features,
             largest_block=self.largest_block,
+            wide_block=self.wide_block,
             fast_accumulation=self.fast_accumulation,
             fast_gradients=self.fast_gradients,
         )
@@ -135,6 +139,7 @@ class Int8Hadamard(EightBit):
 
     dtype: ClassVar[torch.dtype] = torch.int8
 
+    wide_block: int = WIDE_BLOCK
     forward: Product = field(default_factory=lambda: Product(rotate="in"))
     input_gradient: Product = field(default_factory=lambda: Product(rotate="out"))
     weight_gradient: WeightGradient = field(default_factory=lambda: WeightGradient(rotate="tokens"))

@@ -11,6 +11,7 @@ from dataclasses import dataclass, replace
 from typing import Any, ClassVar
 
 import torch
+from lowprec_kernels.hadamard.reference import LARGEST_BLOCK
 from torch import nn
 
 from lowprec.errors import UserError
@@ -90,7 +91,9 @@ class NF4:
         from lowprec.layers.nf4_linear import NF4Linear  # bitsandbytes takes seconds to import
 
         scheme = PRODUCTS.get(self.product)  # auto that was not asked to choose: 16 bits
-        plan: Plan | None = None if scheme is None else scheme().plan(linear.in_features, linear.out_features)
+        plan: Plan | None = (
+            None if scheme is None else scheme(wide_block=LARGEST_BLOCK).plan(linear.in_features, linear.out_features)
+        )
         return NF4Linear(linear, self.block_size, self.double_quant, plan)
 
     def kernel(self, linear: nn.Linear) -> str:

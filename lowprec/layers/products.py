@@ -26,6 +26,10 @@ from lowprec_kernels.hadamard.reference import LARGEST_BLOCK, rotation_block
 from lowprec.errors import UserError
 
 FP8 = torch.float8_e4m3fn
+WIDE_BLOCK = 256
+"""Inputs of down projections have the largest outliers: in SmolLM2 a channel of 36 among others of 0.7. Blocks of 256
+instead of 64 take the worst token of the worst one from 33.8 to 34.6 dB in int8."""
+
 GRADIENT_BLOCK = 32
 """Order of rotations over outputs and tokens. A column cast at order 32 runs at 83 % of the copy bandwidth, at order
 128 at 46 % (H100, 8192 x 14336); on SmolLM2 it is also the most accurate for weight gradients (docs/eight_bit.md)."""
@@ -134,11 +138,13 @@ def make_plan(
     out_features: int,
     *,
     largest_block: int = LARGEST_BLOCK,
+    wide_block: int = LARGEST_BLOCK,
     fast_accumulation: bool = True,
     fast_gradients: bool = False,
 ) -> Plan:
-    """The products of one layer, with blocks that divide its dimensions."""
-    in_block = rotation_block(in_features, largest_block)
+    """The products of one layer, with blocks that divide its dimensions. ``wide_block`` is the largest over the inputs
+    where they are more than the outputs."""
+    in_block = rotation_block(in_features, wide_block if in_features > out_features else largest_block)
     out_block = rotation_block(out_features, min(largest_block, GRADIENT_BLOCK))
     token_block = min(largest_block, GRADIENT_BLOCK)
     error, weight = input_gradient.rotate.split("+"), weight_gradient.rotate

@@ -108,6 +108,7 @@ def update(slices: Sequence[Slice], found_inf: Tensor | None) -> None:
                 key=piece.key,
                 found_inf=found_inf,
             )
+            torch.autograd.graph.increment_version(piece.param)  # the kernel writes by a raw pointer
         else:
             for start in range(0, piece.param.numel(), SLICE):
                 _update_decoded(piece, start, min(start + SLICE, piece.param.numel()), found_inf)

@@ -93,6 +93,12 @@ def test_works_of_the_table(tmp_path):
     assert {work.family for work in works.values()} >= set(TABLE)
     assert [work.name for work in run.select(["grid"])] == [name for name in works if name.startswith("grid_")]
     assert {work.family for work in run.select(None)} == set(TABLE)
+    loops: dict[str, set] = {}
+    for work in run.select(["eight_bit"]):
+        assert ours.recipe_of(work, tmp_path, torch.device("cpu")).choice("weights") == work.name.split("_", 3)[3]
+        others = tuple(o for o in work.overrides if not o.startswith("weights"))
+        loops.setdefault(work.name.split("_")[2], set()).add((work.recipe, work.tokens, others))
+    assert {size: len(each) for size, each in loops.items()} == {"8b": 1, "1b": 1}  # they differ in weights alone
     unlike = {(work.recipe, *(o for o in work.overrides if "tokens" not in o)): work for work in works.values()}
     for work in unlike.values():
         assert ours.recipe_of(work, tmp_path, torch.device("cpu")).name == work.recipe  # composes
@@ -104,7 +110,8 @@ def test_a_tiny_work_runs_for_real_from_the_command_line(tmp_path, capsys):
     row = json.loads((tmp_path / "bench_train.jsonl").read_text().splitlines()[0])
     assert row["status"] == "ok" and row["peer"] == "lowprec" and row["step_ms_p50"] > 0, row
     assert row["layers"] == {"nf4": 14, "bf16": 1} and "14 of 14 LoRA layers fused" in row["lora"]
-    assert "tries this benchmark out" in capsys.readouterr().out
+    assert row["kernel_ms"]["products"] > 0
+    assert "tries this benchmark out" in (out := capsys.readouterr().out) and "tiny_qlora, ms: products" in out
 
 
 @pytest.fixture

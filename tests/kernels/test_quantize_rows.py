@@ -86,9 +86,9 @@ def test_columns_kernel_matches_the_reference(kernel, rows, dim, block, dtype):
     assert sqnr_db(dequantize(expected, given_scale), dequantize(again, given_scale)) > 45 - cut * 3
 
 
-@pytest.mark.parametrize("in_block,row_block", [(64, 32), (1, 32), (64, 1), (16, 16)])
+@pytest.mark.parametrize("in_block,row_block", [(64, 32), (1, 32), (64, 1), (16, 16), (256, 32), (256, 1)])
 def test_requantize_kernel_matches_the_reference(kernel, in_block, row_block):
-    x = normal(96, 192)
+    x = normal(96, 768 if in_block == 256 else 192)
     codes, scale = reference.quantize_rows(x, in_block, torch.int8)
     column_scale = reference.quantize_columns(x, row_block, torch.int8)[1]
     found = kernel.requantize_columns(codes, scale, in_block, row_block, column_scale)
@@ -119,9 +119,9 @@ def test_powers_of_two_fold_exactly_where_nothing_underflows(kernel):
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
-@pytest.mark.parametrize("block", [1, 16])
+@pytest.mark.parametrize("block", [1, 16, 256])
 def test_zeros_huge_and_tiny_rows(kernel, dtype, block):
-    x = torch.zeros(5, 64)
+    x = torch.zeros(5, 256)
     x[1], x[2], x[3, 0] = 3.0, 1e30, 1e-38
     x[4] = torch.finfo(torch.float32).smallest_normal / 4
     for quantize, where in ((reference.quantize_rows, "cpu"), (kernel.quantize_rows, DEVICE)):

@@ -96,6 +96,24 @@ def test_rotation_rescues_int8_from_outliers():
     assert sqnr_db(base, found[0]) > sqnr_db(base, found[1]) + 6
 
 
+@pytest.mark.parametrize("frozen,layout", [(False, "one"), (True, "one"), (True, "both")])
+def test_wide_layers_are_rotated_in_larger_blocks_against_an_outlier(frozen, layout):
+    torch.manual_seed(0)
+    plain = nn.Linear(512, 64, bias=False)
+    x, error = torch.randn(64, 512), torch.randn(64, 64)
+    x[:, 5] += 60
+    expected = results(copy.deepcopy(plain).requires_grad_(not frozen), x, error)
+    layers = [
+        scheme.convert(copy.deepcopy(plain).requires_grad_(not frozen), frozen)
+        for scheme in (Int8Hadamard(layout=layout), Int8Hadamard(layout=layout, wide_block=64))
+    ]
+    assert [layer.rotation_block for layer in layers] == [256, 64]
+    assert Int8Hadamard().plan(64, 512).in_block == 64 and Fp8Hadamard().plan(512, 64).in_block == 64
+    wide, narrow = (results(layer, x, error) for layer in layers)
+    assert sqnr_db(expected[0], wide[0]) > sqnr_db(expected[0], narrow[0]) + 1
+    assert all(sqnr_db(a, b) > FLOOR_DB[torch.int8] for a, b in zip(expected[1:], wide[1:], strict=True))
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 def test_saved_for_backward_is_8_bit(scheme):
     x, error = batch(TOKENS)

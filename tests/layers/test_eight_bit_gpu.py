@@ -7,6 +7,7 @@ import torch
 from torch import nn
 
 from lowprec.layers.eight_bit_schemes import Fp8, Fp8Hadamard, Int8Hadamard
+from lowprec.optim import AdamW
 from lowprec.testing import sqnr_db
 
 pytestmark = pytest.mark.gpu
@@ -77,3 +78,39 @@ def test_compiled_by_inductor(scheme):
     y = torch.compile(layer, fullgraph=True)(x)
     found = [y, *torch.autograd.grad(y, [x, layer.weight, layer.bias], error)]
     assert all(sqnr_db(a, b) > 45 for a, b in zip(expected, found, strict=True))
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("frozen", [False, True])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+@pytest.mark.parametrize("autocast", [False, True])
+def test_weights_in_other_dtypes(scheme, frozen, dtype, autocast):
+    torch.manual_seed(0)
+    plain = nn.Linear(512, 256).to(dtype).cuda().requires_grad_(not frozen)
+    layer = scheme().convert(copy.deepcopy(plain), frozen)
+    x = torch.randn(100, 512, device="cuda", dtype=dtype).requires_grad_()
+    error = torch.randn(100, 256, device="cuda")
+    expected = step(plain.float(), x.detach().float().requires_grad_(), error)
+    with torch.autocast("cuda", torch.bfloat16, enabled=autocast):
+        y = layer(x)
+    trained = [p for p in layer.parameters() if p.requires_grad]
+    found = [y, *torch.autograd.grad(y, [x, *trained], error.to(y.dtype))]
+    assert y.dtype == (torch.bfloat16 if autocast else dtype) and all(g.dtype == dtype for g in found[1:])
+    assert all(sqnr_db(a, b.float()) > 26 for a, b in zip(expected, found, strict=True))
+
+
+def test_cached_codes_follow_our_own_optimizer():
+    """Its fused kernel writes by raw pointers."""
+    layer = Fp8(cache="both").convert(nn.Linear(384, 256).bfloat16().cuda(), False)
+    optimizer = AdamW(layer.parameters(), lr=0.1, master="split")
+    x = torch.randn(64, 384, device="cuda").bfloat16()
+    version = layer.weight._version
+    for _ in range(2):
+        layer(x).sum().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    optimizer.flush()
+    assert layer.weight._version > version
+    fresh = Fp8().convert(nn.Linear(384, 256).bfloat16().cuda(), False)
+    fresh.load_state_dict(layer.state_dict())
+    assert torch.equal(layer(x), fresh(x))

@@ -54,9 +54,37 @@ def edit_by_optimizer(layer, optimizer):
     optimizer.step()
 
 
+class WritesThroughData(torch.optim.Optimizer):
+    """As bitsandbytes' optimizers and fused kernels do: the version counter does not move."""
+
+    def __init__(self, parameters):
+        super().__init__(parameters, {})
+
+    def step(self, closure=None):
+        self.param_groups[0]["params"][0].data.mul_(-1)
+
+
+def edit_by_optimizer_through_data(layer, optimizer):
+    version = layer.weight._version
+    WritesThroughData(layer.parameters()).step()
+    assert layer.weight._version == version
+
+
+def edit_data_twice(layer, optimizer):
+    """The second copy may lie where the weight was: neither address nor version tells."""
+    layer.weight.data = layer.weight.data * -1
+    layer.weight.data = layer.weight.data * 2
+
+
+EDITS = (
+    edit_in_place, edit_load, edit_data, edit_data_twice, edit_through_data, edit_by_optimizer,
+    edit_by_optimizer_through_data,
+)  # fmt: skip
+
+
 @pytest.mark.parametrize("scheme", SCHEMES)
 @pytest.mark.parametrize("cache", ["one", "both"])
-@pytest.mark.parametrize("edit", [edit_in_place, edit_load, edit_data, edit_through_data, edit_by_optimizer])
+@pytest.mark.parametrize("edit", EDITS)
 def test_cached_codes_follow_the_weight(scheme, cache, edit, casts):
     layer = scheme(cache=cache).convert(linear(), False)
     optimizer = torch.optim.AdamW(layer.parameters(), lr=0.5)
@@ -92,8 +120,42 @@ def test_a_trained_layer_saves_its_parameters_bit_for_bit(scheme):
     assert list(state) == ["weight", "bias"] and layer.weight.is_leaf and isinstance(layer, nn.Linear)
     assert all(torch.equal(state[key], plain.state_dict()[key]) for key in state)
     assert layer.dequantized_weight() is layer.weight
-    for twin in (copy.deepcopy(layer), pickle.loads(pickle.dumps(layer))):
-        assert twin._cached is None and torch.equal(twin.weight, plain.weight)
+
+
+@pytest.mark.parametrize("twin_of", [copy.deepcopy, lambda layer: pickle.loads(pickle.dumps(layer))])
+def test_a_copy_keeps_codes_of_its_own_weight(twin_of, casts):
+    layer = Fp8(cache="one").convert(linear(), False)
+    x = torch.randn(4, 64).bfloat16()
+    layer(x)
+    twin = twin_of(layer)
+    with torch.no_grad():
+        twin.weight.mul_(2)
+    fresh = Fp8().convert(nn.Linear(64, 32).bfloat16(), False)
+    fresh.load_state_dict(twin.state_dict())
+    expected = fresh(x)
+    casts.clear()
+    assert torch.equal(twin(x), expected) and torch.equal(twin(x), expected) and len(casts) == 1
+
+
+def test_no_codes_are_kept_of_a_stand_in(casts):
+    layer = Fp8(cache="both").convert(linear(), False)
+    layer.load_state_dict(linear(seed=5).state_dict(), assign=True)
+    with pytest.warns(UserWarning, match="weights.cache has no effect"):
+        layer(torch.randn(4, 64).bfloat16())
+    layer(torch.randn(4, 64).bfloat16())
+    assert len(casts) == 2
+
+
+@pytest.mark.parametrize("cache", ["one", "both"])
+def test_compiled_with_a_cache_follows_the_weight(cache):
+    torch._dynamo.reset()
+    layer = Fp8(cache=cache).convert(linear(), False)
+    compiled = torch.compile(layer, backend="aot_eager", fullgraph=True)
+    x = torch.randn(16, 64).bfloat16()
+    for _ in range(2):
+        assert torch.equal(compiled(x), layer(x))
+        with torch.no_grad():
+            layer.weight.mul_(-2)
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
@@ -158,6 +220,7 @@ def test_a_weight_frozen_after_the_conversion_warns_and_names_the_argument():
         ({"cache": "all"}, "weights.cache='all'"),
         ({"layout": "none"}, "weights.layout='none'"),
         ({"largest_block": 48}, "weights.largest_block=48"),
+        ({"wide_block": 512}, "weights.wide_block=512"),
         ({"forward": Product(rotate="out")}, "weights.forward.rotate='out'"),
         ({"input_gradient": Product(scale="block")}, "weights.input_gradient.scale='block'"),
         ({"weight_gradient": WeightGradient(precision="fp4")}, "weights.weight_gradient.precision='fp4'"),

@@ -29,7 +29,15 @@ class Case:
         return 2 * self.rows * self.dim
 
 
-SMALL = (Case(1, 16, 1), Case(3, 64, 64), Case(33, 192, 64), Case(70, 576, 64), Case(40, 80, 16), Case(17, 336, 1))
+SMALL = (
+    Case(1, 16, 1),
+    Case(3, 64, 64),
+    Case(33, 192, 64),
+    Case(70, 576, 64),
+    Case(40, 80, 16),
+    Case(17, 336, 1),
+    Case(9, 768, 256),
+)
 LARGE_DIMS = (1536, 2048, 4096, 8192, 14336)
 LARGE_ELEMENTS = 128 * 2**20
 NOISE_FLOOR_DB = {FP8: 31.0, torch.int8: 39.0}

@@ -5,7 +5,7 @@ import torch
 import triton
 import triton.language as tl
 
-from lowprec_kernels.hadamard.triton_kernel import INTERPRETED, signs
+from lowprec_kernels.hadamard.triton_kernel import INTERPRETED, butterfly, quarters, signs
 from lowprec_kernels.quantize_rows.reference import AMAX_FLOOR, FP8, LARGEST_CODE, TINY, padded_rows
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds an fp32 below 2^22 to the nearest even
@@ -46,6 +46,16 @@ def _cast(x, LARGEST: tl.constexpr, dtype: tl.constexpr):
 
 
 @triton.jit
+def _raised(scale, partner_ptr, row, inside, POWER_OF_TWO: tl.constexpr, PARTNER: tl.constexpr):
+    """The scale, or the next one whose product with the partner's is a power of two."""
+    if POWER_OF_TWO:
+        partner = tl.load(partner_ptr + row, inside, 1.0) if PARTNER else 1.0
+        scale = _power_of_two_above(_at_least(scale * partner, SMALLEST)) / partner
+        scale = _at_least(scale, SMALLEST)
+    return scale
+
+
+@triton.jit
 def _quantize_rows(
     x_ptr, q_ptr, s_ptr, partner_ptr, rows, stride, tiles, PROGRAMS,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
@@ -72,13 +82,44 @@ def _quantize_rows(
         else:
             z = tl.load(x_ptr + row[:, None] * stride + column[None, :], inside, 0.0).to(tl.float32)
         scale = _scale_of(tl.max(_magnitude_bits(z), 1), LARGEST)
-        if POWER_OF_TWO:
-            partner = tl.load(partner_ptr + row, row < rows, 1.0) if PARTNER else 1.0
-            scale = _power_of_two_above(_at_least(scale * partner, SMALLEST)) / partner
-            scale = _at_least(scale, SMALLEST)
+        scale = _raised(scale, partner_ptr, row, row < rows, POWER_OF_TWO, PARTNER)
         q = _cast(z * (1.0 / scale)[:, None], LARGEST, q_ptr.dtype.element_ty)
         tl.store(q_ptr + row[:, None] * DIM + column[None, :], q, inside)
         tl.store(s_ptr + row, scale, row < rows)
+
+
+@triton.jit
+def _quantize_rows_256(
+    x_ptr, q_ptr, s_ptr, partner_ptr, rows, stride, tiles, PROGRAMS,
+    DIM: tl.constexpr, PADDED: tl.constexpr, ROWS: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr,
+    PARTNER: tl.constexpr, FP32: tl.constexpr, STAGES: tl.constexpr,
+):  # fmt: skip
+    """``_quantize_rows`` for blocks of 256, held as four quarters."""
+    GROUPS: tl.constexpr = PADDED // 256
+    dtype: tl.constexpr = q_ptr.dtype.element_ty
+    i = tl.arange(0, ROWS * GROUPS)
+    start = (i % GROUPS) * 256
+    h = signs(64, FP32)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=STAGES):
+        group_row = (tile * ROWS + i // GROUPS).to(tl.int64)
+        there = ((group_row < rows) & (start < DIM))[:, None]
+        lane = start[:, None] + tl.arange(0, 64)[None, :]
+        a, b, c, d = quarters(x_ptr, group_row[:, None] * stride + lane, there, h, FP32)
+        bits = tl.maximum(
+            tl.maximum(_magnitude_bits(a), _magnitude_bits(b)), tl.maximum(_magnitude_bits(c), _magnitude_bits(d))
+        )
+        bits = tl.max(tl.reshape(tl.max(bits, 1), [ROWS, GROUPS]), 1)
+        row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
+        scale = _scale_of(_magnitude_bits(bits.to(tl.float32, bitcast=True) / 16), LARGEST)
+        scale = _raised(scale, partner_ptr, row, row < rows, POWER_OF_TWO, PARTNER)
+        tl.store(s_ptr + row, scale, row < rows)
+        inverse = tl.broadcast_to((1.0 / scale)[:, None], [ROWS, GROUPS]) / 16
+        inverse = tl.reshape(inverse, [ROWS * GROUPS])[:, None]
+        into = q_ptr + group_row[:, None] * DIM + lane
+        tl.store(into, _cast(a * inverse, LARGEST, dtype), there)
+        tl.store(into + 64, _cast(b * inverse, LARGEST, dtype), there)
+        tl.store(into + 128, _cast(c * inverse, LARGEST, dtype), there)
+        tl.store(into + 192, _cast(d * inverse, LARGEST, dtype), there)
 
 
 @triton.jit
@@ -148,6 +189,33 @@ def _transpose_codes(
 
 
 @triton.jit
+def _decoded(q_ptr, s_ptr, rows, dim, row, column, IN_BLOCK: tl.constexpr, FP32: tl.constexpr):
+    """A tile of codes times the scales of their rows, un-rotated in blocks of IN_BLOCK, not yet divided by its root."""
+    inside = (row < rows)[:, None] & (column < dim)[None, :]
+    q = tl.load(q_ptr + row[:, None] * dim + column[None, :], inside, 0.0)
+    z = q.to(tl.float32) * tl.load(s_ptr + row, row < rows, 0.0)[:, None]
+    if IN_BLOCK > 1:
+        z = z if FP32 else z.to(tl.bfloat16)
+        z = tl.dot(z, signs(IN_BLOCK, FP32), input_precision="ieee")
+    return z
+
+
+@triton.jit
+def _cast_columns(
+    z, t_ptr, column_scale_ptr, padded, dim, row, column,
+    ROW_BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, LARGEST: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
+    """Rotate along the rows, cast with the columns' scales, store transposed."""
+    if ROW_BLOCK > 1:
+        z = z if FP32 else z.to(tl.bfloat16)
+        z = tl.dot(signs(ROW_BLOCK, FP32, ROWS), z, input_precision="ieee")
+    scale = tl.load(column_scale_ptr + column, column < dim, 1.0)
+    q = _cast(z * (NORM / scale)[None, :], LARGEST, t_ptr.dtype.element_ty)
+    into = (column < dim)[:, None] & (row < padded)[None, :]
+    tl.store(t_ptr + column[:, None] * padded + row[None, :], tl.trans(q), into)
+
+
+@triton.jit
 def _requantize_columns(
     q_ptr, s_ptr, t_ptr, column_scale_ptr, rows, padded, dim,
     IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
@@ -156,19 +224,27 @@ def _requantize_columns(
     """ROWS by COLUMNS a program; COLUMNS is IN_BLOCK where that rotates, ROWS a multiple of ROW_BLOCK."""
     row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
     column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = (row < rows)[:, None] & (column < dim)[None, :]
-    q = tl.load(q_ptr + row[:, None] * dim + column[None, :], inside, 0.0)
-    z = q.to(tl.float32) * tl.load(s_ptr + row, row < rows, 0.0)[:, None]
-    if IN_BLOCK > 1:
-        z = z if FP32 else z.to(tl.bfloat16)
-        z = tl.dot(z, signs(IN_BLOCK, FP32), input_precision="ieee")
-    if ROW_BLOCK > 1:
-        z = z if FP32 else z.to(tl.bfloat16)
-        z = tl.dot(signs(ROW_BLOCK, FP32, ROWS), z, input_precision="ieee")
-    scale = tl.load(column_scale_ptr + column, column < dim, 1.0)
-    q = _cast(z * (NORM / scale)[None, :], LARGEST, t_ptr.dtype.element_ty)
-    into = (column < dim)[:, None] & (row < padded)[None, :]
-    tl.store(t_ptr + column[:, None] * padded + row[None, :], tl.trans(q), into)
+    z = _decoded(q_ptr, s_ptr, rows, dim, row, column, IN_BLOCK, FP32)
+    _cast_columns(z, t_ptr, column_scale_ptr, padded, dim, row, column, ROW_BLOCK, ROWS, NORM, LARGEST, FP32)
+
+
+@triton.jit
+def _requantize_columns_256(
+    q_ptr, s_ptr, t_ptr, column_scale_ptr, rows, padded, dim,
+    ROW_BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, LARGEST: tl.constexpr, FP32: tl.constexpr,
+):  # fmt: skip
+    """``_requantize_columns`` for IN_BLOCK = 256, a group of columns a program, held as four quarters."""
+    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
+    at = tl.program_id(1).to(tl.int64) * 256 + tl.arange(0, 64)
+    a = _decoded(q_ptr, s_ptr, rows, dim, row, at, 64, FP32)
+    b = _decoded(q_ptr, s_ptr, rows, dim, row, at + 64, 64, FP32)
+    c = _decoded(q_ptr, s_ptr, rows, dim, row, at + 128, 64, FP32)
+    d = _decoded(q_ptr, s_ptr, rows, dim, row, at + 192, 64, FP32)
+    a, b, c, d = butterfly(a, b, c, d)
+    _cast_columns(a, t_ptr, column_scale_ptr, padded, dim, row, at, ROW_BLOCK, ROWS, NORM, LARGEST, FP32)
+    _cast_columns(b, t_ptr, column_scale_ptr, padded, dim, row, at + 64, ROW_BLOCK, ROWS, NORM, LARGEST, FP32)
+    _cast_columns(c, t_ptr, column_scale_ptr, padded, dim, row, at + 128, ROW_BLOCK, ROWS, NORM, LARGEST, FP32)
+    _cast_columns(d, t_ptr, column_scale_ptr, padded, dim, row, at + 192, ROW_BLOCK, ROWS, NORM, LARGEST, FP32)
 
 
 def quantize_rows(
@@ -193,6 +269,12 @@ def quantize_rows(
     tiles = triton.cdiv(rows, at_once)
     cores = 1 if INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
     programs = min(tiles, per_core * cores) if per_core else tiles
+    if block == 256:
+        _quantize_rows_256[(programs,)](
+            x, codes, scale, partner, rows, x.stride(0), tiles, programs, dim, padded, at_once, LARGEST_CODE[dtype],
+            power_of_two, partner is not None, INTERPRETED, stages, num_warps=warps,
+        )  # fmt: skip
+        return codes, scale
     _quantize_rows[(programs,)](
         x, codes, scale, partner, rows, x.stride(0), tiles, programs, dim, padded, block, at_once, block**-0.5,
         LARGEST_CODE[dtype], power_of_two, partner is not None, INTERPRETED, stages, num_warps=warps,
@@ -205,6 +287,8 @@ def _row_settings(padded: int, block: int) -> tuple[int, int, int, int]:
     87 to 94 % of the copy bandwidth at block 64 for rows of 1536 to 14336, and 100 % unrotated."""
     if block == 1:
         return max(4096, padded), 4 if padded <= 16384 else 8, 1, 0
+    if block == 256:  # 64 groups, as many as the other tiles have; not tuned
+        return max(16384, padded), 8, 1, 2
     if padded <= 2048:
         return 4096, 4, 1, 8
     if padded <= 8192:
@@ -274,6 +358,12 @@ def requantize_columns(
     if out.numel() == 0:
         return out
     tall, wide = max(64, row_block), in_block if in_block > 1 else 64
+    if in_block == 256:
+        _requantize_columns_256[(triton.cdiv(padded, tall), dim // 256)](
+            codes, scale, out, column_scale, rows, padded, dim, row_block, tall, (256 * row_block) ** -0.5,
+            LARGEST_CODE[codes.dtype], INTERPRETED, num_warps=8,
+        )  # fmt: skip
+        return out
     _requantize_columns[(triton.cdiv(padded, tall), triton.cdiv(dim, wide))](
         codes, scale, out, column_scale, rows, padded, dim, in_block, row_block, tall, wide,
         (in_block * row_block) ** -0.5, LARGEST_CODE[codes.dtype], INTERPRETED, num_warps=4,

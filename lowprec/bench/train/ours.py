@@ -17,6 +17,7 @@ from lowprec.data.collate import trained_positions
 from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
 from lowprec.prepare import wrap
+from lowprec.profiling.kernels import traced
 from lowprec.train.step import TrainStep
 
 
@@ -63,11 +64,19 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     cap_memory(work.cap_gib, device)
     try:
         timing = time_steps(lambda: step(batch, stop=False).values[0], work.tokens, work.warmup, work.timed, device)
+        with traced(device, None) as watched:
+            step(batch, stop=False)
     finally:
         if isinstance(optimizer, AdamW):
             optimizer.close()
     kernels = sorted({f"{row.scheme}: {row.kernel}" for row in layers.rows})
-    facts = {"layers": layers.counts(), "kernels": kernels, "activations": getattr(activations, "policy", "")}
+    parts = {kind: round(share * watched.total_ms, 3) for kind, share in watched.shares.items()}
+    facts = {
+        "kernel_ms": parts,
+        "layers": layers.counts(),
+        "kernels": kernels,
+        "activations": getattr(activations, "policy", ""),
+    }
     reasons = sorted({f"{'x'.join(map(str, row.shape))}: {row.reason}" for row in layers.rows if row.reason})
     return timing.to_dict() | facts | {"reasons": reasons, "lora": fused.summary() if fused else None}
 

@@ -35,7 +35,7 @@ def bench_train(
     """Run what is not in the results yet, and give back the table in markdown.
 
     Args:
-        works: names, families (``longest_8b``), or ``grid``; None for the table of docs/benchmarks.
+        works: names, families (``longest_8b``), ``grid``, or ``eight_bit``; None for the table of docs/benchmarks.
         peers: libraries to measure beside lowprec where a work lists them; ``all`` for those that are installed.
         folder: holds ``bench_train.jsonl``, ``.md`` and ``.png``, and what runs need; results in it are not repeated.
         minutes: a run that goes on beyond this time is ended: for machines that are lent in slices. Call again to go
@@ -91,7 +91,7 @@ def select(names: Sequence[str] | None) -> list[Work]:
             found = {w.name for w in works if w.name.startswith(f"{name}_")}
         if not found:
             choices = ", ".join(dict.fromkeys(work.family for work in works))
-            raise UserError(f"--works {name} is no work. Choose from: {choices}, or grid.")
+            raise UserError(f"--works {name} is no work. Choose from: {choices}, grid, or eight_bit.")
         chosen |= found
     return [work for work in works if work.name in chosen]
 

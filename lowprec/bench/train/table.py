@@ -21,6 +21,7 @@ def markdown(rows: list[dict]) -> str:
         parts += [f"## {gpu}", stamp, "", _line(HEAD), _line(["---"] * len(HEAD))]
         parts += [_line(_cells(row, newest)) for row in mine if row["peer"] != "limit"]
         parts += ["", *(f"- {name}: {works[name].target}." for name in dict.fromkeys(r["work"] for r in mine))]
+        parts += ["", *(_kernels(row) for row in mine if row.get("kernel_ms"))]
         parts += ["", *(_limit(row) for row in mine if row["peer"] == "limit" and row["status"] == "ok"), ""]
     return "\n".join(parts)
 
@@ -38,6 +39,13 @@ def _cells(row: dict, newest: dict) -> list[str]:
         share = f"{speed / limit['tokens_per_second']:.0%}"
     memory = [f"{row[key]:.2f}" if row.get(key) is not None else "" for key in ("peak_gb", "reserved_gb")]
     return [row["work"], row["peer"], f"{speed:,.0f}", spread, *memory, factor, share]
+
+
+def _kernels(row: dict) -> str:
+    """Products and other work apart: of one more step, watched by the profiler."""
+    products = row["kernel_ms"].get("products", 0.0)
+    other = ", ".join(f"{kind} {ms:.1f}" for kind, ms in row["kernel_ms"].items() if kind != "products")
+    return f"- Kernels of a step of {row['work']}, ms: products {products:.1f}; {other}."
 
 
 def _limit(row: dict) -> str:

@@ -1,6 +1,6 @@
 """What is trained: model shapes, batches, caps on memory, and which libraries are measured beside lowprec."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 LLAMA_8B = {
@@ -72,6 +72,22 @@ def _full(name: str, shape: dict, batch: int, length: int, *more: str, **fields:
     return Work(name, shape, batch, length, "full", overrides, "full", **fields)
 
 
+def _eight_bit() -> list[Work]:
+    """The same loop of lowprec over 16-bit and over 8-bit weights, Liger's kernels in all."""
+    lora = [
+        Work(f"eight_bit_8b_{scheme}", LLAMA_8B, 2, 2048, "lora", (f"weights={scheme}",), "lora",
+             target="1.15x the tokens/s of bf16 and 6.5 GB less, base frozen in one layout")
+        for scheme in ("bf16", "fp8", "int8_hadamard")
+    ]  # fmt: skip
+    options = ("train.gradient_checkpointing=none", "optimizer.master=split", "optimizer.state_dtype=int8")
+    full = []
+    for scheme in ("bf16", "fp8", "int8_hadamard", "auto"):
+        work = _full(f"eight_bit_1b_{scheme}", LLAMA_1B, 4, 2048, *options, target="1.10x the tokens/s of bf16")
+        choice = work.overrides if scheme == "auto" else (f"weights={scheme}", *work.overrides[2:])
+        full.append(replace(work, overrides=choice))
+    return lora + full
+
+
 def all_works() -> dict[str, Work]:
     """Name -> work, in the order of running."""
     short = {"warmup": 1, "timed": 2}
@@ -100,6 +116,7 @@ def all_works() -> dict[str, Work]:
                  target="no step slower than transformers + peft + bitsandbytes")
           for name, shape in (("135m", SMOL_135M), ("1b", LLAMA_1B), ("8b", LLAMA_8B))
           for length in (256, 1024, 2048, 8192)),
+        *_eight_bit(),
         _qlora("tiny_qlora", TINY, 2, 32, peers=("transformers",), **short,
                target="tries this benchmark out, anywhere"),
         _full("tiny_full", TINY, 2, 32, "train.gradient_checkpointing=full", peers=("transformers",), **short,
@@ -110,6 +127,6 @@ def all_works() -> dict[str, Work]:
 
 TABLE = ("qlora_8b", "lora_8bit_8b", "full_1b", "qlora_8b_1x2048", "qlora_8b_capped", "full_1.5b_8gib_cpu",
          "full_1.5b_8gib_ssd", "longest_8b")  # fmt: skip
-"""The families of the table; ``grid`` is the other choice."""
+"""The families of the table; ``grid`` and ``eight_bit`` are the other choices."""
 TINY_WORKS = ("tiny_qlora", "tiny_full")
 """Those that run anywhere."""
