@@ -76,7 +76,9 @@ class _Keep(torch.autograd.Function):
         ctx.ranks = [a_i.shape[0] for a_i in a]
         a_cast, b_cast = _cast(a, b, x.dtype)
         low = _small_product(flat, a_cast, ctx.ranks, ctx.scalings)
-        ctx.save_for_backward(x, low, *a, *b)
+        ctx.save_for_backward(x, low)
+        # Not saved: they outlive the graph, and each tensor saved costs a checkpoint three calls of hooks on the host.
+        ctx.parameters, ctx.versions = (a, b), [t._version for t in (*a, *b)]
         ctx.bases = [p.base for p in projections]
         ctx.bias_dtypes = [None if p.bias is None else p.bias.dtype for p in projections]
         ctx.set_materialize_grads(False)
@@ -87,9 +89,11 @@ class _Keep(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *given):
-        x, low, *tensors = ctx.saved_tensors
+        x, low = ctx.saved_tensors
         count = len(ctx.bases)
-        a, b = tensors[:count], tensors[count:]
+        a, b = ctx.parameters
+        if ctx.versions != [t._version for t in (*a, *b)]:
+            raise RuntimeError("A or B of a LoRA layer was modified by an inplace operation after its forward.")
         needs = ctx.needs_input_grad
         wants_a = any(needs[3::3])
         flat = x.reshape(-1, x.shape[-1])

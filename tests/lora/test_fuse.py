@@ -318,6 +318,15 @@ def test_the_last_products_of_a_layer_are_not_computed_again(policy):
             assert calls[layer] == (1 if "down_proj" in name else 2), name
 
 
+def test_adapters_that_change_between_forward_and_backward_are_refused():
+    _, fused, _ = both()
+    loss = fused(input_ids=IDS, labels=IDS).loss
+    with torch.no_grad():
+        fused.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
 def test_a_group_casts_its_adapters_at_once():
     """Each operation is a kernel to launch: on a small batch the host is what takes the time of a step."""
     _, fused, _ = both(dtype=torch.bfloat16)
