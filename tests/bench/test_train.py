@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from lowprec.bench.train import bench_train, limit, ours, peers, run
+from lowprec.bench.train import limit, ours, peers, run
 from lowprec.bench.train.limit import Layer
+from lowprec.bench.train.run import bench_train
 from lowprec.bench.train.table import markdown
 from lowprec.bench.train.works import LLAMA_8B, TABLE, all_works
 from lowprec.cli import main
@@ -122,6 +123,25 @@ def test_tiny_works_by_lowprec_and_by_a_peer(tmp_path, work, monkeypatch, no_acc
     for figures in (ours.run(work, tmp_path, device), peers.run("transformers", work, tmp_path, device)):
         assert 3 < figures["last_loss"] < 8 and figures["step_ms_p20"] <= figures["step_ms_p80"]
         assert figures["tokens_per_second"] == pytest.approx(64e3 / figures["step_ms_p50"], rel=1e-2)
+
+
+def test_a_peer_that_changes_transformers_comes_before_it(tmp_path):
+    """unsloth warns that it is slower otherwise, which would flatter everyone else."""
+    site = tmp_path / "site"
+    (site / "unsloth").mkdir(parents=True)
+    code = "import sys\nraise SystemExit('late' if {'transformers', 'peft', 'trl'} & set(sys.modules) else 'early')"
+    (site / "unsloth" / "__init__.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWPREC_PEER_PATH_UNSLOTH", str(site))
+        figures, _ = run._one(all_works()["qlora_8b"], "unsloth", tmp_path, 120)
+    assert figures["error"] == "early"
+
+
+def test_the_versions_of_a_row_are_those_that_its_process_saw(tmp_path):
+    (tmp_path / "unsloth-1.2.3.dist-info").mkdir()
+    (tmp_path / "unsloth-1.2.3.dist-info" / "METADATA").write_text("Metadata-Version: 2.1\nName: unsloth\nVersion: 1.2.3")
+    assert run._versions([str(tmp_path)])["unsloth"] == "1.2.3" and run._versions([str(tmp_path)])["torch"]
+    assert "unsloth" not in run._versions([])
 
 
 def test_a_process_that_dies_is_a_failed_row(tmp_path, monkeypatch):
