@@ -100,18 +100,15 @@ class _Keep(torch.autograd.Function):
         errors = [None if e is None else e.reshape(-1, e.shape[-1]).contiguous() for e in given]
         a_cast, b_cast = _cast(a, b, x.dtype)
         lifted = flat.new_empty(low.shape)
-        parts = lifted.split(ctx.ranks, 1)
+        parts, lows = lifted.split(ctx.ranks, 1), low.split(ctx.ranks, 1)
         gradients: list[torch.Tensor | None] = [None] * (3 * count)
-        grad_x = None
-        for i, (base, error, low_i) in enumerate(zip(ctx.bases, errors, low.split(ctx.ranks, 1), strict=True)):
+        for i, error in enumerate(errors):
             if error is None:
                 parts[i].zero_()
                 continue
             torch.addmm(parts[i], error, b_cast[i], beta=0, alpha=ctx.scalings[i], out=parts[i])
-            if needs[0]:
-                grad_x = bases.add_gradient(base, error, grad_x)
             if needs[3 + 3 * i + 1]:
-                gradients[3 * i + 1] = _product_as(b[i].dtype, error.t(), low_i)
+                gradients[3 * i + 1] = _product_as(b[i].dtype, error.t(), lows[i])
             if needs[3 + 3 * i + 2]:
                 gradients[3 * i + 2] = error.sum(0, dtype=_wide(error.dtype)).to(ctx.bias_dtypes[i])
         if wants_a:
@@ -119,8 +116,13 @@ class _Keep(torch.autograd.Function):
             for i, part in enumerate(grad_a.split(ctx.ranks)):
                 if needs[3 + 3 * i] and errors[i] is not None:
                     gradients[3 * i] = part.to(a[i].dtype)
+        shape, grad_x = x.shape, None
+        del x, flat  # in a checkpoint nobody else holds it: an MLP's largest tensor goes before its gradient comes
+        if needs[0]:
+            for base, error in zip(ctx.bases, errors, strict=True):
+                grad_x = grad_x if error is None else bases.add_gradient(base, error, grad_x)
         if grad_x is not None:
-            grad_x = grad_x.addmm_(lifted, a_cast).view(x.shape)
+            grad_x = grad_x.addmm_(lifted, a_cast).view(shape)
         return grad_x, None, None, *gradients
 
 
