@@ -70,7 +70,8 @@ def bench_train(
             if figures.get("status") == "time is up":
                 say(f"{work.name}: {peer} was ended with the time; it starts again with the next call.")
                 return _write_table(results)
-            row = {"work": work.name, "peer": peer, "gpu": on, "seconds": round(seconds, 1), "versions": _versions(_path_of(peer))}
+            row = {"work": work.name, "peer": peer, "gpu": on, "seconds": round(seconds, 1)}
+            row |= {"versions": _versions(_path_of(peer))}
             row |= {"when": datetime.now(UTC).isoformat(timespec="seconds")} | figures
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
