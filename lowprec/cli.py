@@ -345,7 +345,7 @@ def _bench_plan(options: argparse.Namespace) -> int:
 
 
 def _bench_train(options: argparse.Namespace) -> int:
-    from lowprec.bench.train import bench_train
+    from lowprec.bench.train.run import bench_train
 
     names = {key: [name for name in (getattr(options, key) or "").split(",") if name] for key in ("works", "peers")}
     folder = options.path or "bench_train"

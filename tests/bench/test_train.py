@@ -7,8 +7,9 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
-from lowprec.bench.train import bench_train, limit, ours, peers, run
+from lowprec.bench.train import limit, ours, peers, run
 from lowprec.bench.train.limit import Layer
+from lowprec.bench.train.run import bench_train
 from lowprec.bench.train.table import markdown
 from lowprec.bench.train.works import LLAMA_8B, TABLE, all_works
 from lowprec.cli import main
@@ -102,6 +103,8 @@ def test_works_of_the_table(tmp_path):
     unlike = {(work.recipe, *(o for o in work.overrides if "tokens" not in o)): work for work in works.values()}
     for work in unlike.values():
         assert ours.recipe_of(work, tmp_path, torch.device("cpu")).name == work.recipe  # composes
+    lengths = {o for w in run.select(["longest_8b"]) for o in w.overrides if o.startswith("weights.tokens")}
+    assert lengths == {"weights.tokens=4096"}  # what is measured for one length serves all
     assert [w.name for w in run.select(["qlora_8b"])] == ["qlora_8b"]  # and not qlora_8b_1x2048
 
 
@@ -131,6 +134,26 @@ def test_tiny_works_by_lowprec_and_by_a_peer(tmp_path, work, monkeypatch, no_acc
         assert figures["tokens_per_second"] == pytest.approx(64e3 / figures["step_ms_p50"], rel=1e-2)
 
 
+def test_a_peer_that_changes_transformers_comes_before_it(tmp_path):
+    """unsloth warns that it is slower otherwise, which would flatter everyone else."""
+    site = tmp_path / "site"
+    (site / "unsloth").mkdir(parents=True)
+    code = "import sys\nraise SystemExit('late' if {'transformers', 'peft', 'trl'} & set(sys.modules) else 'early')"
+    (site / "unsloth" / "__init__.py").write_text(code)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("LOWPREC_PEER_PATH_UNSLOTH", str(site))
+        figures, _ = run._one(all_works()["qlora_8b"], "unsloth", tmp_path, 120)
+    assert figures["error"] == "early"
+
+
+def test_the_versions_of_a_row_are_those_that_its_process_saw(tmp_path):
+    info = tmp_path / "unsloth-1.2.3.dist-info"
+    info.mkdir()
+    (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unsloth\nVersion: 1.2.3")
+    assert run.versions([str(tmp_path)])["unsloth"] == "1.2.3" and run.versions([str(tmp_path)])["torch"]
+    assert "unsloth" not in run.versions([])
+
+
 def test_a_process_that_dies_is_a_failed_row(tmp_path, monkeypatch):
     real = subprocess.run
 
@@ -153,9 +176,10 @@ def test_the_limit_adds_up(monkeypatch):
     weights = 32 * Layer.of(LLAMA_8B).weights
     assert weights == 32 * (4096 * (4096 * 2 + 1024 * 2) + 3 * 4096 * 14336)
     step = found["step_ms"]
-    assert step["products"] == pytest.approx(3 * 2 * weights * 4096 / rate, rel=1e-4)
+    down = 32 * 4096 * 14336  # its product is not computed again
+    assert step["products"] == pytest.approx((3 * weights - down) * 2 * 4096 / rate, rel=1e-4)
     assert step["head"] == pytest.approx(2 * 2 * 4096 * 128256 * 4096 / rate, rel=1e-4)
-    assert step["attention"] == 8.0 and step["decode"] == pytest.approx(weights * 1.516 * 3 / 3e9, rel=1e-2)
+    assert step["attention"] == 8.0 and step["decode"] == pytest.approx((3 * weights - down) * 1.516 / 3e9, rel=1e-2)
     assert found["tokens_per_second"] == pytest.approx(4096e3 / sum(step.values()), rel=1e-3)
     full = limit.limit(all_works()["full_1b"], bandwidth_gb_per_s=3000.0)["step_ms"]
     assert "optimizer" in full and "decode" not in full and "adapter" not in full

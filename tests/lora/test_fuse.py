@@ -1,17 +1,20 @@
 """Fused LoRA against PEFT's own composition, in models."""
 
 import copy
+from collections import Counter
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowprec
 from lowprec.activations import keep_activations
 from lowprec.adapter import Lora
 from lowprec.layers.eight_bit_schemes import Fp8, Int8Hadamard
 from lowprec.layers.nf4 import NF4
+from lowprec.layers.nf4_linear import NF4Linear
 from lowprec.lora import fuse
 from lowprec.lora.layers import Handoff
 from lowprec.testing import ARCHITECTURES, sqnr_db, tiny_model
@@ -283,6 +286,66 @@ def test_every_policy_for_activations_gives_the_same_bits(policy, product):
     for _ in range(2):  # selective measures in the first pass
         found = gradients(fused)[1]
         assert found.keys() == wanted.keys() and all(torch.equal(found[name], wanted[name]) for name in wanted)
+
+
+def test_ranks_and_scalings_may_differ_within_a_group():
+    plain, fused, report = both(rank_pattern={"q_proj": 2, "up_proj": 8}, alpha_pattern={"k_proj": 3, "gate_proj": 64})
+    assert report.sizes() == GROUPS["llama"]
+    (loss, wanted), (found_loss, found) = gradients(plain), gradients(fused)
+    torch.testing.assert_close(found_loss, loss, rtol=1e-6, atol=1e-6)
+    assert found.keys() == wanted.keys()
+    assert all(sqnr_db(grad, found[name]) > 90 for name, grad in wanted.items())
+
+
+@pytest.mark.parametrize("policy", ["full", "selective", "offload"])
+def test_the_last_products_of_a_layer_are_not_computed_again(policy):
+    _, fused, _ = both(weights=NF4(product="bf16"))
+    fused.train()
+    keep_activations(fused, policy)
+    gradients(fused)  # selective measures in the first pass
+    calls = Counter()
+    with pytest.MonkeyPatch.context() as patch:
+        real = NF4Linear.base_product
+
+        def count(layer, *args):
+            calls[layer] += 1
+            return real(layer, *args)
+
+        patch.setattr(NF4Linear, "base_product", count)
+        gradients(fused)
+    for name, layer in fused.named_modules():
+        if isinstance(layer, NF4Linear):
+            assert calls[layer] == (1 if "down_proj" in name else 2), name
+
+
+def test_adapters_that_change_between_forward_and_backward_are_refused():
+    _, fused, _ = both()
+    loss = fused(input_ids=IDS, labels=IDS).loss
+    with torch.no_grad():
+        fused.base_model.model.model.layers[0].mlp.up_proj.lora_B["default"].weight.mul_(2)
+    with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+        loss.backward()
+
+
+def test_a_group_casts_its_adapters_at_once():
+    """Each operation is a kernel to launch: on a small batch the host is what takes the time of a step."""
+    _, fused, _ = both(dtype=torch.bfloat16)
+    layer = fused.base_model.model.model.layers[0].mlp
+    operations = Counter()
+
+    class Count(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            operations[operation.overloadpacket.__name__] += 1
+            return operation(*args, **(kwargs or {}))
+
+    x = torch.randn(6, 64, dtype=torch.bfloat16, requires_grad=True)
+    with Count():
+        gate, up = layer.gate_proj(x), layer.up_proj(x)
+        torch.autograd.backward([gate, up], [torch.ones_like(gate), torch.ones_like(up)])
+    assert operations["_foreach_copy_"] == 2  # forward and backward
+    assert operations["_to_copy"] == 3  # to fp32: the gradient of both A, and those of each B
+    products = [name for name in operations if name in ("mm", "addmm", "addmm_", "mul", "mul_", "cat")]
+    assert sum(operations[name] for name in products) == 13, operations
 
 
 @pytest.mark.gpu

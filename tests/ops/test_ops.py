@@ -9,6 +9,7 @@ from lowprec_kernels.quantize_rows import cases as cast_cases
 from lowprec_kernels.quantize_rows.reference import FP8, dequantize
 from lowprec_kernels.scaled_matmul import cases as product_cases
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowprec import ops
 from lowprec.testing import sqnr_db
@@ -62,6 +63,25 @@ def test_backends_say_why_they_cannot_run():
     assert "block of 512" in MODULES["quantize_rows"].BACKENDS[0].why_not(torch.randn(2, 512), 512, FP8, False, None)
     for module in MODULES.values():
         assert module.BACKENDS[-1].name == "reference"
+
+
+def test_who_watches_sees_the_op_and_nobody_else_pays_for_it():
+    x = torch.randn(16, 16)
+    seen = []
+
+    class Watch(TorchDispatchMode):
+        def __torch_dispatch__(self, operation, types, args=(), kwargs=None):
+            seen.append(str(operation))
+            return operation(*args, **(kwargs or {}))
+
+    with torch.no_grad():
+        with Watch():
+            watched = ops.quantize_rows(x, 16, FP8)
+        assert seen[0] == "lowprec.quantize_rows.default"
+        with torch.profiler.profile() as profile:
+            alone = ops.quantize_rows(x, 16, FP8)
+    assert not any(event.name == "lowprec::quantize_rows" for event in profile.events())
+    assert all(torch.equal(a, b) for a, b in zip(watched, alone, strict=True))
 
 
 def test_importing_loads_no_kernel():

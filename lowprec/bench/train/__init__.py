@@ -1,5 +1,4 @@
-"""``lowprec bench train``: whole training steps beside other libraries', each run in a process of its own."""
+"""``lowprec bench train``: whole training steps beside other libraries', each run in a process of its own.
 
-from lowprec.bench.train.run import bench_train
-
-__all__ = ["bench_train"]
+Importing this package imports nothing: in its process a peer that changes transformers has to come first.
+"""

@@ -50,6 +50,11 @@ class Layer:
     def weights(self) -> int:
         return sum(out * into for out, into in self.linears)
 
+    @property
+    def down(self) -> int:
+        """Weights of the last matrix."""
+        return self.hidden * self.inner
+
     def elementwise_bytes(self) -> float:
         """A token's forward pass through one layer: norms, residuals, rotary embedding, gate, casts to 8 bits; 16-bit
         values read and written once by each."""
@@ -73,8 +78,10 @@ def limit(work: Work, clock: Callable[..., float] = milliseconds, bandwidth_gb_p
     bandwidth = bandwidth_gb_per_s or copy_bandwidth(2**30)
     rates: dict[tuple[int, int, int], tuple[float, str]] = {}
     ms = {"products": 0.0, "attention": 0.0, "head": 0.0, "elementwise": 0.0, "adapter": 0.0, "decode": 0.0}
-    for out, into in layer.linears:
-        passes = [((tokens, out, into), forwards), ((tokens, into, out), 1)] + (
+    for index, (out, into) in enumerate(layer.linears):
+        # What comes out of the last one is of no use to backward, so it need not be computed again.
+        again = 1 if index == len(layer.linears) - 1 else forwards
+        passes = [((tokens, out, into), again), ((tokens, into, out), 1)] + (
             [] if frozen else [((out, into, tokens), 1)]
         )
         for product, times in passes:
@@ -90,10 +97,12 @@ def limit(work: Work, clock: Callable[..., float] = milliseconds, bandwidth_gb_p
     per_token = layer.elementwise_bytes() * (forwards + 2) * count
     ms["elementwise"] = per_token * tokens / bandwidth / 1e6
     if work.method == "nf4":
-        ms["decode"] = layer.weights * count * (NF4_BYTES + 1) * (forwards + 1) / bandwidth / 1e6
+        decoded = layer.weights * (forwards + 1) - layer.down * (forwards - 1)
+        ms["decode"] = decoded * count * (NF4_BYTES + 1) / bandwidth / 1e6
     if frozen:  # X read for A and for dA, Y and E_X updated in place, E read for P and dB
         width = sum((forwards + 1) * 2 * into for into in layer.inputs)
         width += sum(4 * forwards * out + 4 * out + 4 * into for out, into in layer.linears)
+        width -= 4 * (forwards - 1) * layer.hidden  # the last Y is not made again
         ms["adapter"] = width * tokens * count / bandwidth / 1e6
     else:  # gradients and 16-bit weights read, weights written, int8 states with split masters read and written
         parameters = layer.weights * count + vocab * layer.hidden

@@ -114,7 +114,9 @@ def _saved_model(work: Work, folder: Path) -> Path:
         partial = target.with_name(f"{target.name}.partial")
         shutil.rmtree(partial, ignore_errors=True)
         model.cpu().save_pretrained(partial, max_shard_size="4GB")
-        tiny_tokenizer().save_pretrained(partial)
+        tokenizer = tiny_tokenizer()
+        tokenizer.chat_template = None  # there is nothing to chat about, and unsloth would rewrite it
+        tokenizer.save_pretrained(partial)
         partial.rename(target)
         del model
         torch.cuda.empty_cache()

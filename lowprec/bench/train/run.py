@@ -8,7 +8,7 @@ import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions
 from pathlib import Path
 
 from lowprec.bench.measure import machine
@@ -70,7 +70,8 @@ def bench_train(
             if figures.get("status") == "time is up":
                 say(f"{work.name}: {peer} was ended with the time; it starts again with the next call.")
                 return _write_table(results)
-            row = {"work": work.name, "peer": peer, "gpu": on, "seconds": round(seconds, 1), "versions": versions()}
+            row = {"work": work.name, "peer": peer, "gpu": on, "seconds": round(seconds, 1)}
+            row |= {"versions": versions(path_of(peer))}
             row |= {"when": datetime.now(UTC).isoformat(timespec="seconds")} | figures
             with results.open("a", encoding="utf-8") as file:
                 file.write(json.dumps(row) + "\n")
@@ -195,13 +196,13 @@ def path_of(peer: str) -> list[str]:
     return [part for part in os.environ.get(name, "").split(os.pathsep) if part]
 
 
-def versions() -> dict[str, str]:
-    found = {}
+def versions(path: Sequence[str] = ()) -> dict[str, str]:
+    """Of the packages that a process sees which looks into the folders ``path`` first."""
+    found: dict[str, str] = {}
     for package in PACKAGES:
-        try:
-            found[package] = version(package)
-        except PackageNotFoundError:
-            continue
+        distribution = next(iter(distributions(name=package, path=[*path, *sys.path])), None)
+        if distribution is not None:
+            found[package] = distribution.version
     return found
 
 

@@ -8,8 +8,9 @@ from pathlib import Path
 
 
 def main(name: str, peer: str, folder: str) -> None:
-    os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
-    if peer == "unsloth":
+    if peer != "unsloth":  # whose settings are its own
+        os.environ.setdefault("PYTORCH_ALLOC_CONF", "expandable_segments:True")
+    else:
         os.environ.update(UNSLOTH_DISABLE_STATISTICS="1", UNSLOTH_DISABLE_AUTO_UPDATES="1")
         import unsloth  # noqa: F401  # must be imported before transformers
     import torch
