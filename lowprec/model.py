@@ -153,7 +153,8 @@ def load_tokenizer(options: Model) -> "PreTrainedTokenizerBase":
     path, keywords = _arguments(options, source)
     with explained(source):
         tokenizer = transformers.AutoTokenizer.from_pretrained(path, **keywords)
-    if tokenizer.eos_token_id is None:
+    # transformers 5.17 makes the first token of a GGUF file its end token; the configuration has the right one.
+    if tokenizer.eos_token_id is None or source.kind == "gguf":
         end = load_config(options, source).eos_token_id
         end = end[0] if isinstance(end, list) else end
         token = None if end is None else tokenizer.convert_ids_to_tokens(end)

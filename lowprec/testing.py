@@ -102,12 +102,13 @@ def save_tiny_gguf(path: str | Path, **kwargs) -> Path:
     writer.add_layer_norm_rms_eps(config.rms_norm_eps)
     writer.add_rope_freq_base(config.rope_parameters["rope_theta"])
     writer.add_vocab_size(config.vocab_size)
-    tokens = [*tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), "ab"]
+    tokens = [*tokenizer.convert_ids_to_tokens(list(range(len(tokenizer)))), "ab", "cd"]
     writer.add_tokenizer_model("gpt2")
     writer.add_token_list(tokens + [f"<|unused{i}|>" for i in range(config.vocab_size - len(tokens))])
     types = [gguf.TokenType.CONTROL if token in SPECIAL_TOKENS else gguf.TokenType.NORMAL for token in tokens]
     writer.add_token_types(types + [gguf.TokenType.UNUSED] * (config.vocab_size - len(tokens)))
-    writer.add_token_merges(["a b"])  # readers want at least one
+    writer.add_token_merges(["a b", "c d"])  # readers want at least two
+    writer.add_bos_token_id(tokenizer.eos_token_id + 1)  # another one: readers have mistaken it for the end token
     writer.add_eos_token_id(tokenizer.eos_token_id)
     writer.add_pad_token_id(tokenizer.pad_token_id)
     writer.add_chat_template(CHATML)

@@ -38,7 +38,7 @@ def calls(device: str = "cpu"):
     yield ops.rotate, (x, 8, 0)
 
 
-@pytest.mark.parametrize("op,arguments", calls(), ids=str)
+@pytest.mark.parametrize("op,arguments", calls(), ids=lambda value: getattr(value, "__name__", None))
 def test_fake_has_the_shapes_and_dtypes_of_the_real_op(op, arguments):
     real = op(*arguments)
     with FakeTensorMode() as mode:
