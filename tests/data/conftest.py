@@ -7,9 +7,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import AutoTokenizer, PreTrainedTokenizerBase
+from transformers import PreTrainedTokenizerBase
 
 from lowprec.data import Data, PreparedData, StepBatch, StepLoader, prepare_data
+from lowprec.model import Model, load_tokenizer
 from lowprec.testing import tiny_tokenizer
 
 
@@ -21,7 +22,7 @@ def tokenizer() -> PreTrainedTokenizerBase:
 
 @pytest.fixture(scope="session")
 def smollm2_tokenizer(smollm2_path: Path) -> PreTrainedTokenizerBase:
-    return AutoTokenizer.from_pretrained(smollm2_path.parent, gguf_file=smollm2_path.name)
+    return load_tokenizer(Model(model_name_or_path=str(smollm2_path)))
 
 
 @pytest.fixture
