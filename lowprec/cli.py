@@ -308,58 +308,9 @@ def _doctor(options: argparse.Namespace) -> int:
 
 
 def _bench(options: argparse.Namespace) -> int:
-    from lowprec.bench import linear, matmul, rotate, ssd
+    from lowprec.bench.command import run
 
-    if options.what == "ssd":
-        if options.path is None:
-            raise UserError("lowprec bench ssd needs --path, a folder on the disk to measure.")
-        if options.works or options.peers:
-            return _bench_ssd_training(options)
-        report = ssd.run(options.path)
-        make_console().print(report.table())
-        figures = report.to_dict()
-    elif options.what == "train":
-        return _bench_train(options)
-    elif options.what == "plan":
-        return _bench_plan(options)
-    else:
-        if options.what == "linear":
-            results = [linear.run(options.tokens, bool(options.peers)), linear.break_even()]
-        else:
-            results = [(rotate.run if options.what == "rotate" else matmul.run)(options.tokens)]
-        make_console().print(*results)
-        figures = results[0].to_dict() | {"more": [result.to_dict() for result in results[1:]]}
-    if options.json:
-        Path(options.json).write_text(json.dumps(figures, indent=1), encoding="utf-8")
-    return 0
-
-
-def _bench_plan(options: argparse.Namespace) -> int:
-    from lowprec.bench.plan import bench_plan
-
-    names = [name for name in (options.works or "").split(",") if name]
-    folder = options.path or "bench_plan"
-    print(bench_plan(folder, names=names, minutes=options.minutes))
-    print(f"The rows are in {folder}/bench_plan.jsonl, this table in {folder}/bench_plan.md.")
-    return 0
-
-
-def _bench_train(options: argparse.Namespace) -> int:
-    from lowprec.bench.train.run import bench_train
-
-    names = {key: [name for name in (getattr(options, key) or "").split(",") if name] for key in ("works", "peers")}
-    folder = options.path or "bench_train"
-    print(bench_train(names["works"], names["peers"], folder=folder, minutes=options.minutes))
-    print(f"The rows are in {folder}/bench_train.jsonl, this table in {folder}/bench_train.md.")
-    return 0
-
-
-def _bench_ssd_training(options: argparse.Namespace) -> int:
-    from lowprec.bench.ssd_training import bench_ssd_training
-
-    works, peers = ([name for name in (names or "").split(",") if name] for names in (options.works, options.peers))
-    print(bench_ssd_training(works or ["all"], path=options.path, peers=peers, minutes=options.minutes))
-    print(f"The rows are in {options.path}/bench_ssd.jsonl, this table in {options.path}/bench_ssd.md.")
+    run(options)
     return 0
 
 

@@ -7,6 +7,7 @@ import pytest
 import torch
 from accelerate.state import AcceleratorState
 
+from lowprec.bench import processes
 from lowprec.bench.train import limit, ours, peers, run
 from lowprec.bench.train.limit import Layer
 from lowprec.bench.train.run import bench_train
@@ -150,8 +151,8 @@ def test_the_versions_of_a_row_are_those_that_its_process_saw(tmp_path):
     info = tmp_path / "unsloth-1.2.3.dist-info"
     info.mkdir()
     (info / "METADATA").write_text("Metadata-Version: 2.1\nName: unsloth\nVersion: 1.2.3")
-    assert run.versions([str(tmp_path)])["unsloth"] == "1.2.3" and run.versions([str(tmp_path)])["torch"]
-    assert "unsloth" not in run.versions([])
+    assert processes.versions([str(tmp_path)])["unsloth"] == "1.2.3" and processes.versions([str(tmp_path)])["torch"]
+    assert "unsloth" not in processes.versions([])
 
 
 def test_a_process_that_dies_is_a_failed_row(tmp_path, monkeypatch):
@@ -160,7 +161,7 @@ def test_a_process_that_dies_is_a_failed_row(tmp_path, monkeypatch):
     def broken(command, **keywords):
         return real([command[0], "-c", "raise SystemExit('no such thing')"], **keywords)
 
-    monkeypatch.setattr(run.subprocess, "run", broken)
+    monkeypatch.setattr(processes.subprocess, "run", broken)
     text = bench_train(["tiny_full"], folder=tmp_path, say=lambda _: None)
     assert "failed" in text and "no such thing" in text and list(tmp_path.glob("*.log"))
 

@@ -49,3 +49,17 @@ def run(stop: int = 10, dtype: torch.dtype = torch.float32, **options: Any) -> t
 
 def same(a: list[torch.Tensor], b: list[torch.Tensor]) -> bool:
     return all(torch.equal(x, y) for x, y in zip(a, b, strict=True))
+
+
+SMALL = {"chunk_bytes": 20_000, "pinned_gib": 0.0005}
+
+
+def ssd(path, **options):
+    return {"state_store": "ssd", "path": path, **SMALL, **options}
+
+
+def start(path, dtype=torch.bfloat16, steps=4, **options):
+    model = make_model(dtype)
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, **ssd(path, **options))
+    train(model, optimizer, steps)
+    return model, optimizer

@@ -12,6 +12,7 @@ from torch import nn
 from lowprec.bench.ssd_training.process import Marks, host_gb, host_peak_gb, peak_gb, timed_step
 from lowprec.bench.ssd_training.works import Work
 from lowprec.bench.train.clock import cap_memory
+from lowprec.bench.train.ours import random_model
 from lowprec.optim import AdamW
 
 
@@ -59,11 +60,8 @@ def run(work: Work, path: Path, device: torch.device) -> dict[str, Any]:
 
 
 def build(work: Work, device: torch.device) -> nn.Module:
-    from transformers import AutoModelForCausalLM, LlamaConfig
-
-    with device:
-        model = AutoModelForCausalLM.from_config(LlamaConfig(**work.shape), dtype=torch.bfloat16)
-    model.config.use_cache = False
+    """The work's model with random bf16 weights on ``device``, ready to train."""
+    model = random_model(work.shape, torch.bfloat16, device).to(device)
     if work.checkpointing:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs={"use_reentrant": False})
     return model.train()

@@ -13,10 +13,10 @@ import torch
 
 from lowprec.bench import ssd
 from lowprec.bench.measure import machine
+from lowprec.bench.processes import figures_of, path_of, read, versions
 from lowprec.bench.ssd_training import deepspeed
 from lowprec.bench.ssd_training.table import markdown
 from lowprec.bench.ssd_training.works import TINY_WORK, WORKS, Work
-from lowprec.bench.train.run import figures_of, path_of, read, versions
 from lowprec.errors import UserError
 from lowprec.optim.stores import read_tuned
 

@@ -3,20 +3,12 @@
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-LLAMA_1B = {
-    "hidden_size": 2048, "num_hidden_layers": 16, "intermediate_size": 8192, "num_attention_heads": 32,
-    "num_key_value_heads": 8, "vocab_size": 32000, "max_position_embeddings": 8192, "tie_word_embeddings": True,
-}  # fmt: skip
-LLAMA_8B = LLAMA_1B | {
-    "hidden_size": 4096, "num_hidden_layers": 32, "intermediate_size": 14336, "vocab_size": 128256,
-    "tie_word_embeddings": False,
-}  # fmt: skip
-# A small vocabulary leaves room for the tokens that make a step's compute longer than its transfers.
+from lowprec.bench.train.works import LLAMA_1B, LLAMA_8B, TINY
+
+LLAMA_32K = LLAMA_1B | {"vocab_size": 32000}
+"""1.04 B parameters, as DeepSpeed was measured with."""
 LLAMA_LONG = LLAMA_1B | {"num_hidden_layers": 8, "vocab_size": 4096}
-TINY = {
-    "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
-    "num_key_value_heads": 2, "vocab_size": 272, "max_position_embeddings": 256, "tie_word_embeddings": True,
-}  # fmt: skip
+"""A small vocabulary leaves room for the tokens that make a step's compute longer than its transfers."""
 
 
 @dataclass(frozen=True)
@@ -26,7 +18,7 @@ class Work:
     name: str
     target: str
     """What is to be reached, in words."""
-    shape: dict[str, Any] = field(default_factory=lambda: LLAMA_1B)
+    shape: dict[str, Any] = field(default_factory=lambda: LLAMA_32K)
     batch: int = 4
     length: int = 2048
     steps: int = 5

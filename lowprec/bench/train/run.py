@@ -1,17 +1,13 @@
 """The runs of ``lowprec bench train``: which are due, each in its process, results kept as JSON lines."""
 
 import json
-import os
-import subprocess
-import sys
-import tempfile
 import time
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime
-from importlib.metadata import distributions
 from pathlib import Path
 
 from lowprec.bench.measure import machine
+from lowprec.bench.processes import figures_of, path_of, read, versions
 from lowprec.bench.train import peers as peers_module
 from lowprec.bench.train.plot import plot
 from lowprec.bench.train.table import markdown
@@ -20,7 +16,6 @@ from lowprec.errors import UserError
 
 OURS, LIMIT = "lowprec", "limit"
 RESULTS = "bench_train.jsonl"
-PACKAGES = ("torch", "triton", "transformers", "peft", "bitsandbytes", "liger-kernel", "unsloth", "torchao")
 
 
 def bench_train(
@@ -97,18 +92,6 @@ def select(names: Sequence[str] | None) -> list[Work]:
     return [work for work in works if work.name in chosen]
 
 
-def read(results: Path) -> list[dict]:
-    """The rows so far, the newest of each run last. A line that was cut off by an end is left out."""
-    rows = []
-    if results.is_file():
-        for line in results.read_text(encoding="utf-8").splitlines():
-            try:
-                rows.append(json.loads(line))
-            except json.JSONDecodeError:
-                continue
-    return rows
-
-
 def _peers(names: Sequence[str]) -> tuple[str, ...]:
     if list(names) == ["all"]:
         return tuple(peer for peer in peers_module.NEEDS if peers_module.why_not(peer, path_of(peer)) is None)
@@ -158,52 +141,6 @@ def _one(work: Work, peer: str, folder: Path, left: float | None) -> tuple[dict,
     """The figures of one process, and its seconds."""
     log = folder / f"{work.name}-{peer}.log".replace("/", "_")
     return figures_of("lowprec.bench.train.worker", [work.name, peer, str(folder.resolve())], peer, log, left)
-
-
-def figures_of(module: str, arguments: Sequence[str], peer: str, log: Path, left: float | None) -> tuple[dict, float]:
-    """What ``python -m module arguments`` prints as its last line of JSON, which begins with ``status``; its seconds.
-
-    Args:
-        peer: sees the packages of its own folders, too (``path_of``).
-        log: written where the process fails.
-        left: seconds after which it is ended.
-    """
-    environment = dict(os.environ)
-    path = path_of(peer)
-    if path:
-        environment["PYTHONPATH"] = os.pathsep.join([*path, environment.get("PYTHONPATH", "")]).rstrip(os.pathsep)
-    begin = time.monotonic()
-    with tempfile.TemporaryFile("w+") as output, tempfile.TemporaryFile("w+") as errors:
-        command = [sys.executable, "-m", module, *arguments]
-        try:
-            code = subprocess.run(command, stdout=output, stderr=errors, env=environment, timeout=left).returncode
-        except subprocess.TimeoutExpired:
-            return {"status": "time is up"}, time.monotonic() - begin
-        output.seek(0)
-        errors.seek(0)
-        lines, trouble = output.read().splitlines(), errors.read()
-    found = next((line for line in reversed(lines) if line.startswith('{"status"')), None)
-    if code == 0 and found is not None:
-        return json.loads(found), time.monotonic() - begin
-    last = next((line for line in reversed(trouble.splitlines()) if line.strip()), f"exit code {code}")
-    log.write_text(trouble, encoding="utf-8")
-    return {"status": "failed", "error": last[:500]}, time.monotonic() - begin
-
-
-def path_of(peer: str) -> list[str]:
-    """Folders of packages that only this peer shall see: ``$LOWPREC_PEER_PATH_UNSLOTH`` and so on."""
-    name = "LOWPREC_PEER_PATH_" + peer.upper().replace("+", "_")
-    return [part for part in os.environ.get(name, "").split(os.pathsep) if part]
-
-
-def versions(path: Sequence[str] = ()) -> dict[str, str]:
-    """Of the packages that a process sees which looks into the folders ``path`` first."""
-    found: dict[str, str] = {}
-    for package in PACKAGES:
-        distribution = next(iter(distributions(name=package, path=[*path, *sys.path])), None)
-        if distribution is not None:
-            found[package] = distribution.version
-    return found
 
 
 def _in_words(row: dict) -> str:
