@@ -38,8 +38,12 @@ class Offload:
 
     def __call__(self, function: Any, *args: Any) -> Any:
         # The checkpoint saves its arguments under the hooks it is called in, and everything else under its own.
-        with saved_tensors_hooks(self._pack, self._unpack):
+        with self.saving():
             return checkpoint(function, *args, use_reentrant=False)
+
+    def saving(self) -> saved_tensors_hooks:
+        """The context in which a layer's input is saved."""
+        return saved_tensors_hooks(self._pack, self._unpack)
 
     def __deepcopy__(self, memo: dict) -> "Offload":
         return Offload()

@@ -6,13 +6,17 @@ are such functions around PyTorch's checkpoint without re-entry, so none of them
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from contextlib import nullcontext
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
+from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
+from transformers.modeling_layers import GradientCheckpointingLayer
 
+from lowprec.activations.graphs import GraphedLayer, LayerGraphs
 from lowprec.activations.offload import Offload
 from lowprec.activations.selective import Selective
 from lowprec.errors import UserError
@@ -30,11 +34,13 @@ class Activations:
     policy: str
     why: str
     function: Callable[..., Any] | None = None
+    graphs: LayerGraphs | None = None
 
     def to_dict(self) -> dict[str, Any]:
         """For the report; what ``selective`` keeps is known after the first step."""
         kept = self.function.describe() if isinstance(self.function, Selective) else None
-        return {"policy": self.policy, "why": self.why} | ({"kept": kept} if kept else {})
+        facts = {"policy": self.policy, "why": self.why} | ({"kept": kept} if kept else {})
+        return facts | ({"cuda_graphs": self.graphs.to_dict()} if self.graphs else {})
 
 
 def choose_policy(recipe: "Recipe", device: torch.device, config: Any = None) -> tuple[str, str]:
@@ -68,7 +74,9 @@ def fitting(recipe: "Recipe", limit_gib: float, config: Any = None) -> tuple[str
     return policy, f"auto: {why}"
 
 
-def keep_activations(model: nn.Module, policy: str, why: str = "as the recipe says") -> Activations:
+def keep_activations(
+    model: nn.Module, policy: str, why: str = "as the recipe says", *, graphs: bool = False
+) -> Activations:
     """Let every decoder layer of this one model keep for backward what the policy says.
 
     Args:
@@ -77,6 +85,7 @@ def keep_activations(model: nn.Module, policy: str, why: str = "as the recipe sa
             also the results that are dear to compute and cheap to hold; ``offload`` is ``full`` with the inputs in host
             memory.
         why: for the report.
+        graphs: replay layers as CUDA graphs (graphs.py) where ``why_no_graphs`` has nothing to say.
 
     Raises:
         UserError: the architecture has no layers that can be computed again.
@@ -95,8 +104,26 @@ def keep_activations(model: nn.Module, policy: str, why: str = "as the recipe sa
             f"train.gradient_checkpointing={policy}: {type(model).__name__} has no layers that transformers could "
             "compute again. Set train.gradient_checkpointing=none."
         )
+    shared = LayerGraphs(recompute=policy != "none") if graphs else None
     for layer in layers:
-        layer.gradient_checkpointing = function is not None  # type: ignore[assignment]
-        if function is not None:
-            layer._gradient_checkpointing_func = function  # type: ignore[assignment]
-    return Activations(policy, why, function)
+        own: Callable[..., Any] | None = function
+        if shared is not None and isinstance(layer, GradientCheckpointingLayer):
+            saving = function.saving if isinstance(function, Offload) else nullcontext
+            own = GraphedLayer(layer, shared, function, saving)
+        layer.gradient_checkpointing = own is not None  # type: ignore[assignment]
+        if own is not None:
+            layer._gradient_checkpointing_func = own  # type: ignore[assignment]
+    return Activations(policy, why, function, shared)
+
+
+def why_no_graphs(model: nn.Module, policy: str, device: torch.device) -> str | None:
+    """Why the layers of a model cannot be replayed as CUDA graphs, as far as it can be said beforehand."""
+    if device.type != "cuda":
+        return "there is no CUDA device"
+    if policy == "selective":
+        return "gradient_checkpointing=selective chooses among operations as they come"
+    if not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
+        return f"{type(model).__name__} has no layers of transformers' own kind"
+    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+        return "its parameters are sharded"
+    return None

@@ -1,0 +1,345 @@
+"""Decoder layers replayed as CUDA graphs.
+
+Forward and backward of one layer are about 80 kernels, and a host may need longer to launch them than the device to run
+them: for Llama-3-8B QLoRA, 2 x 2048 tokens, on an H100 a step took 646 ms, of which the device worked 368. A graph is
+launched as one. It repeats the kernels of an ordinary call of the layer, on the same addresses: so everything that
+changes from step to step is copied to fixed places before, and results are copied from there.
+
+Every layer has two graphs for each shape of input: forward (as the policy has it, under PyTorch's checkpoint where the
+layer is computed again), and backward, with that computation. With ``full`` and ``offload`` all graphs share the memory
+for what a layer needs while it runs, and three places: ``x`` for a layer's input and, after it, its result; ``g`` for
+the gradient of its result and, after it, of its input; one for the gradients of its parameters. With ``none`` each
+layer's graph holds what backward needs, and its result is the next one's input where it lies.
+
+A shape is recorded when it comes for the third time, up to ``MOST_SHAPES`` of them; whatever else comes takes the
+ordinary path, with the same numbers. So does a layer that is watched (hooks, modes that see every operation), that
+draws random numbers, or whose parameters were moved.
+"""
+
+import copy
+import time
+import weakref
+from collections import Counter
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from functools import partial
+from operator import is_not
+from typing import Any
+
+import torch
+from torch import nn
+from torch.autograd.function import once_differentiable
+from torch.autograd.graph import get_gradient_edge
+from torch.utils._pytree import tree_flatten, tree_unflatten
+from torch.utils.checkpoint import checkpoint
+
+from lowprec.activations.places import GradientPlace, Place
+from lowprec.data.documents import Documents
+
+SEEN_BEFORE = 2
+"""Ordinary calls for a shape before it is recorded: kernels are compiled and tuned in them."""
+MOST_SHAPES = 4
+
+Replay = Callable[[], None]
+
+
+class Recorder:
+    """Records what a function launches: ``record(function)`` gives the replay. All graphs share one pool of memory."""
+
+    def __init__(self) -> None:
+        self._pool: Any = None
+        self._stream: torch.cuda.Stream | None = None
+
+    def prepare(self) -> None:
+        """Give back what ordinary calls left in the allocator: graphs cannot use it."""
+        torch.cuda.synchronize()
+        torch.cuda.empty_cache()
+
+    def record(self, function: Callable[[], None]) -> Replay:
+        """Raises what ``function`` raises, and RuntimeError for what no graph can hold."""
+        if self._stream is None:
+            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.stream(self._stream):
+            # Other threads may go on allocating and waiting while this one records.
+            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
+            try:
+                function()
+            finally:
+                graph.capture_end()
+        return graph.replay
+
+
+class LayerGraphs:
+    """What the graphs of one model share, and what became of them."""
+
+    def __init__(self, recompute: bool, recorder: Any = None) -> None:
+        self.recompute = recompute
+        self.recorder = recorder or Recorder()
+        self.places: dict[Any, Place] = {}
+        self.reason = ""
+        """Why there are none, where recording was tried."""
+        self.recorded: dict[tuple[Any, Any], _Recorded] = {}
+        """(a layer's function, key of a shape) -> its graphs."""
+        self.seconds = 0.0
+        self._signatures: dict[Any, int] = {}
+        self._last: tuple[tuple, int, tuple[torch.Tensor, ...]] | None = None
+
+    def to_dict(self) -> dict[str, Any]:
+        """For the report."""
+        figures = {"shapes": len(self.places), "graphs": 2 * len(self.recorded), "recording_s": round(self.seconds, 2)}
+        return figures | ({"why_not": self.reason} if self.reason else {})
+
+    def arguments(self, rest: tuple, keywords: dict[str, Any]) -> tuple[int, tuple[torch.Tensor, ...]] | None:
+        """What a layer is called with beside its input: a number for its structure, shapes and plain values, and its
+        tensors. None where there is something that no place can be made for."""
+        values = (*rest, *keywords.values())
+        # Layers of one pass are given the very same objects.
+        if self._last is None or len(self._last[0]) != len(values) or any(map(is_not, self._last[0], values)):
+            found = _tensors_of((rest, keywords))
+            if found is None:
+                return None
+            signature, tensors = found
+            self._last = values, self._signatures.setdefault(signature, len(self._signatures)), tensors
+        return self._last[1:]
+
+    def place(self, key: Any, hidden: torch.Tensor, arguments: Any, tensors: tuple) -> Place | None:
+        """The fixed places of a shape, made now if they were not there; None where there are enough shapes."""
+        if key not in self.places:
+            if len(self.places) == MOST_SHAPES:
+                return None
+            self.recorder.prepare()
+            place = self.places[key] = Place(hidden, tensors)
+            # .data has a version counter of its own: the places are written to between forward and backward.
+            place.layout = _with_tensors(arguments, tuple(argument.data for argument in place.arguments))
+        return self.places[key]
+
+    def give_up(self, error: BaseException) -> None:
+        """No graphs from now on."""
+        self.reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        self.places.clear()
+        self.recorded.clear()
+
+
+class GraphedLayer:
+    """The checkpoint function of one decoder layer: the layer's graphs where there are some, else the policy.
+
+    Args:
+        layer: of transformers.
+        graphs: shared by the layers of the model.
+        policy: what the layer does without graphs: a function like PyTorch's ``checkpoint``; None calls it.
+        saving: the context in which a layer's input is saved for backward, as ``offload`` needs.
+    """
+
+    def __init__(
+        self,
+        layer: nn.Module,
+        graphs: LayerGraphs,
+        policy: Callable[..., Any] | None,
+        saving: Callable[[], AbstractContextManager] = nullcontext,
+    ) -> None:
+        self.layer, self.graphs, self.policy, self.saving = layer, graphs, policy, saving
+        self._hooks = [
+            hooks for m in layer.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
+        ]
+        self._seen: Counter[Any] = Counter()
+        self._random: set[Any] = set()
+
+    def __deepcopy__(self, memo: dict) -> Any:
+        return copy.deepcopy(self.policy or _call, memo)  # a copy of the model begins without graphs
+
+    def __call__(self, function: Any, *args: Any) -> Any:
+        hidden, *rest = args
+        given = None if self._is_watched() else self.graphs.arguments(tuple(rest), function.keywords)
+        if given is None or not hidden.is_contiguous():
+            return (self.policy or _call)(function, *args)
+        signature, tensors = given
+        kind = hidden.device.type
+        autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
+        key = (hidden.shape, hidden.dtype, hidden.requires_grad, autocast, signature)
+        recorded = self.graphs.recorded.get((self, key))
+        if recorded is None:
+            if self._seen[key] < SEEN_BEFORE or key in self._random:
+                return self._watching_chance(key, function, *args)
+            recorded = self._record(key, function, hidden, (tuple(rest), function.keywords), tensors)
+        if recorded is None or not recorded.is_current():
+            return (self.policy or _call)(function, *args)
+        with self.saving():
+            return _Replayed.apply(hidden, recorded, tensors, *recorded.parameters)
+
+    def _watching_chance(self, key: Any, function: Any, hidden: torch.Tensor, *rest: Any) -> Any:
+        """The ordinary path; what draws random numbers there is never recorded."""
+        self._seen[key] += 1
+        before = _random_offset(hidden)
+        result = (self.policy or _call)(function, hidden, *rest)
+        if before != _random_offset(hidden):
+            self._random.add(key)
+        return result
+
+    def _record(
+        self, key: Any, function: Any, hidden: torch.Tensor, arguments: Any, tensors: tuple
+    ) -> "_Recorded | None":
+        begin = time.perf_counter()
+        try:
+            place = self.graphs.place(key, hidden, arguments, tensors)
+            if place is None:
+                return None
+            rest, keywords = place.layout
+
+            def call(x: torch.Tensor) -> Any:
+                return function.func(*function.args, x, *rest, **keywords)
+
+            recorded = _Recorded(self.layer, call, hidden, place, self.graphs.recompute, self.graphs.recorder)
+        except (RuntimeError, TypeError, ValueError) as error:  # what no graph can hold, or no memory for it
+            self.graphs.give_up(error)
+            return None
+        self.graphs.seconds += time.perf_counter() - begin
+        self.graphs.recorded[self, key] = recorded
+        return recorded
+
+    def _is_watched(self) -> bool:
+        """Whether there are no graphs now, or somebody looks at what happens inside, which a replay does not show."""
+        if self.graphs.reason or not torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return True
+        return bool(torch._C._len_torch_dispatch_stack()) or any(self._hooks)
+
+
+class _Recorded:
+    """The two graphs of one layer for one shape."""
+
+    def __init__(
+        self, layer: nn.Module, call: Callable, hidden: torch.Tensor, place: Place, recompute: bool, recorder: Any
+    ) -> None:
+        self.place, self.recompute = place, recompute
+        self.parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
+        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
+        self._gradients: GradientPlace = place.gradients_of(self.parameters)
+        self._needs_input = hidden.requires_grad
+        self.x = place.x if recompute else place.input_of(hidden)
+        self.y = self.x
+        self._running: weakref.ref[_Run] | None = None
+        kind = hidden.device.type
+        options = {"enabled": torch.is_autocast_enabled(kind), "cache_enabled": False}
+        autocast = partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), **options)
+        leaf = self.x.data.requires_grad_(self._needs_input)
+
+        def forward() -> None:
+            with torch.enable_grad(), autocast():
+                options = {"use_reentrant": False, "preserve_rng_state": False}
+                y = checkpoint(call, leaf, **options) if recompute else call(leaf)
+            if not isinstance(y, torch.Tensor) or y.shape != hidden.shape or y.dtype != hidden.dtype:
+                raise TypeError(f"{type(layer).__name__} gives something else than it is given")
+            self._edge = get_gradient_edge(y)
+            if recompute:
+                self.x.copy_(y.detach())
+            else:
+                self.y = y.detach()
+
+        def backward() -> None:
+            wanted = [*([leaf] if self._needs_input else []), *self.parameters]
+            found = torch.autograd.grad(self._edge, wanted, place.g, retain_graph=not recompute, allow_unused=True)
+            self._used = self._gradients.fill(found[self._needs_input :])
+            if self._needs_input:
+                place.g.copy_(found[0])
+
+        with torch.no_grad():
+            self._forward = recorder.record(forward)
+            self._backward = recorder.record(backward)
+        place.forget()
+
+    def is_current(self) -> bool:
+        """Whether the parameters are where they were, and, where the graphs hold what backward needs, nobody needs it
+        any more: a second forward pass before the first one's backward takes the ordinary path."""
+        if [p.data_ptr() for p in self.parameters if p.requires_grad] != self._addresses:
+            return False
+        return self.recompute or self._running is None or self._running() is None
+
+    def run_forward(self, hidden: torch.Tensor, arguments: tuple, run: "_Run") -> torch.Tensor:
+        self.place.load(arguments)
+        if self.recompute:
+            self.place.hold(hidden)
+        elif hidden.data_ptr() != self.x.data_ptr():
+            self.x.copy_(hidden)
+        self._forward()
+        if not self.recompute:
+            self._running = weakref.ref(run)
+            return self.y.detach()
+        result = self.x.clone()
+        self.place.holds(result)
+        return result
+
+    def run_backward(self, hidden: torch.Tensor | None, arguments: tuple, gradient: torch.Tensor) -> tuple:
+        self.place.load(arguments)
+        if hidden is not None:
+            self.place.hold(hidden)
+        if gradient is not self.place.g:
+            self.place.g.copy_(gradient)
+        self._backward()
+        self._running = None
+        return self.place.g if self._needs_input else None, *self._gradients.taken(self._used)
+
+
+class _Run:
+    """One forward pass of a layer: it is alive until its graph is dropped."""
+
+    __slots__ = ("__weakref__",)
+
+
+class _Replayed(torch.autograd.Function):
+    """A layer's input to its result, both by graphs."""
+
+    @staticmethod
+    def forward(ctx: Any, hidden, recorded, arguments, *parameters):
+        ctx.recorded, ctx.arguments, ctx.run = recorded, arguments, _Run()
+        if recorded.recompute:
+            ctx.save_for_backward(hidden)
+        return recorded.run_forward(hidden, arguments, ctx.run)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, gradient):
+        hidden = ctx.saved_tensors[0] if ctx.recorded.recompute else None
+        grad_hidden, *gradients = ctx.recorded.run_backward(hidden, ctx.arguments, gradient)
+        return grad_hidden, None, None, *gradients
+
+
+def _call(function: Any, *args: Any) -> Any:
+    return function(*args)
+
+
+def _random_offset(tensor: torch.Tensor) -> Any:
+    """Changes when random numbers are drawn on the tensor's device. The host knows it."""
+    if tensor.is_cuda:
+        return torch.cuda.default_generators[tensor.device.index].get_offset()
+    return torch.random.get_rng_state().numpy().tobytes()
+
+
+def _tensors_of(arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]] | None:
+    leaves, structure = tree_flatten(arguments)
+    tensors, kinds = [], []
+    for leaf in leaves:
+        if isinstance(leaf, Documents):
+            rounded = leaf.rounded()
+            tensors.append(rounded.borders)
+            kinds.append((Documents, len(rounded.borders), rounded.longest))
+        elif isinstance(leaf, torch.Tensor) and not leaf.requires_grad:
+            tensors.append(leaf)
+            kinds.append((torch.Tensor, leaf.shape, leaf.dtype, leaf.device))
+        elif leaf is None or isinstance(leaf, bool | int | float | str):
+            kinds.append((type(leaf), leaf))
+        else:
+            return None
+    return (str(structure), tuple(kinds)), tuple(tensors)
+
+
+def _with_tensors(arguments: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
+    """``arguments`` with others in the places of its tensors, in the order of ``_tensors_of``."""
+    leaves, structure = tree_flatten(arguments)
+    others = iter(tensors)
+
+    def other(leaf: Any) -> Any:
+        if isinstance(leaf, Documents):
+            return Documents((), next(others), leaf.rounded().longest)
+        return next(others) if isinstance(leaf, torch.Tensor) else leaf
+
+    return tree_unflatten([other(leaf) for leaf in leaves], structure)

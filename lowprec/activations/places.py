@@ -1,0 +1,108 @@
+"""Fixed places in memory, which CUDA graphs read and write."""
+
+import weakref
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+
+ALIGNMENT = 64
+"""Elements; kernels read tensors that begin at multiples of 16 bytes in wider words."""
+
+
+class Place:
+    """What the graphs of all layers share for one shape of input.
+
+    Args:
+        hidden: a layer's input, ``[rows, tokens, width]``; its shape and dtype are taken.
+        arguments: the other tensors that a layer is called with.
+    """
+
+    def __init__(self, hidden: torch.Tensor, arguments: Sequence[torch.Tensor]) -> None:
+        self.g = torch.zeros_like(hidden.detach())
+        """The gradient of a layer's result before its backward, of its input after that."""
+        self.arguments = tuple(argument.detach().clone() for argument in arguments)
+        self.layout: tuple[tuple, dict[str, Any]] = (), {}
+        """Positional and named arguments of a layer beside its input, with the tensors above where those stood."""
+        self._x: torch.Tensor | None = None
+        self._held: weakref.ref[torch.Tensor] | None = None
+        self._version = 0
+        self._sources: list[tuple[torch.Tensor, int] | None] = [None] * len(self.arguments)
+        self._gradients: dict[tuple, GradientPlace] = {}
+
+    @property
+    def x(self) -> torch.Tensor:
+        """A layer's input before its forward, its result after that."""
+        if self._x is None:
+            self._x = torch.zeros_like(self.g)
+        return self._x
+
+    def input_of(self, hidden: torch.Tensor) -> torch.Tensor:
+        """Where a layer that keeps its input finds it: where the layer before leaves its result, else a new place."""
+        return hidden.detach() if hidden.grad_fn is not None and _is_replayed(hidden) else torch.zeros_like(self.g)
+
+    def load(self, arguments: Sequence[torch.Tensor]) -> None:
+        """Copy the arguments that are not there yet."""
+        for index, (source, place) in enumerate(zip(arguments, self.arguments, strict=True)):
+            known = self._sources[index]
+            if known is None or known[0] is not source or known[1] != source._version:
+                place.copy_(source)
+                self._sources[index] = source, source._version
+
+    def hold(self, hidden: torch.Tensor) -> None:
+        """Copy ``hidden`` to ``x``, unless it is there."""
+        if self._held is None or self._held() is not hidden or self._version != hidden._version:
+            self.x.copy_(hidden)
+        self.holds(hidden)
+
+    def holds(self, hidden: torch.Tensor) -> None:
+        """``x`` is known to be a copy of ``hidden``."""
+        self._held, self._version = weakref.ref(hidden), hidden._version
+
+    def forget(self) -> None:
+        """Nothing is known of what the places hold."""
+        self._held = None
+        self._sources = [None] * len(self.arguments)
+
+    def gradients_of(self, parameters: Sequence[torch.Tensor]) -> "GradientPlace":
+        """The place for gradients of parameters of these shapes: layers that are alike share one."""
+        key = tuple((tuple(p.shape), p.dtype) for p in parameters)
+        if key not in self._gradients:
+            self._gradients[key] = GradientPlace(parameters, self.g.device)
+        return self._gradients[key]
+
+
+class GradientPlace:
+    """The gradients of a layer's parameters side by side, one tensor for each dtype."""
+
+    def __init__(self, parameters: Sequence[torch.Tensor], device: torch.device) -> None:
+        self._parameters = [(p.dtype, p.shape, -(-p.numel() // ALIGNMENT) * ALIGNMENT) for p in parameters]
+        sizes: dict[torch.dtype, int] = {}
+        for dtype, _, size in self._parameters:
+            sizes[dtype] = sizes.get(dtype, 0) + size
+        self._flat = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
+        self._views = self._split(self._flat)
+
+    def _split(self, flat: dict[torch.dtype, torch.Tensor]) -> list[torch.Tensor]:
+        parts = {
+            dtype: iter(whole.split([size for kind, _, size in self._parameters if kind == dtype]))
+            for dtype, whole in flat.items()
+        }
+        return [next(parts[dtype])[: shape.numel()].view(shape) for dtype, shape, _ in self._parameters]
+
+    def fill(self, gradients: Sequence[torch.Tensor | None]) -> list[bool]:
+        """Copy what one layer's backward found; False for a parameter that it does not use (None)."""
+        pairs = [(view, g) for view, g in zip(self._views, gradients, strict=True) if g is not None]
+        if pairs:
+            views, found = zip(*pairs, strict=True)
+            torch._foreach_copy_(list(views), list(found))
+        return [gradient is not None for gradient in gradients]
+
+    def taken(self, used: Sequence[bool]) -> list[torch.Tensor | None]:
+        """Copies of the gradients of the used parameters: the place is free again."""
+        parts = self._split({dtype: whole.clone() for dtype, whole in self._flat.items()})
+        return [part if is_used else None for part, is_used in zip(parts, used, strict=True)]
+
+
+def _is_replayed(tensor: torch.Tensor) -> bool:
+    return type(tensor.grad_fn).__name__ == "_ReplayedBackward"

@@ -1,0 +1,220 @@
+"""Layers from graphs give what layers give, on the CPU with a recorder that takes the recorded function again."""
+
+import copy
+from contextlib import nullcontext
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch.autograd.graph import saved_tensors_hooks
+
+from lowprec.activations import keep_activations, why_no_graphs
+from lowprec.activations.graphs import MOST_SHAPES, GraphedLayer, LayerGraphs
+from lowprec.attention import attend_without_masks
+from lowprec.lora import fuse
+from lowprec.testing import tiny_model
+
+POLICIES = ("none", "full", "offload")
+
+
+NO_DROPOUT = {
+    "gpt2": {"resid_pdrop": 0.0, "embd_pdrop": 0.0, "attn_pdrop": 0.0},
+    "opt": {"dropout": 0.0, "attention_dropout": 0.0},
+}
+
+
+def _itself(tensor):
+    return tensor
+
+
+class Rehearsal:
+    """A recorder for the CPU: a replay computes the function on what stands in the places then."""
+
+    def __init__(self):
+        self.replays = 0
+
+    def prepare(self):
+        pass
+
+    def record(self, function):
+        function()
+
+        def replay():
+            self.replays += 1
+            with saved_tensors_hooks(_itself, _itself):  # a replay saves nothing
+                function()
+
+        return replay
+
+
+def graphed(model, policy, monkeypatch):
+    recorder = Rehearsal()
+    monkeypatch.setattr("lowprec.activations.graphs.Recorder", lambda: recorder)
+    return keep_activations(model, policy, graphs=True), recorder
+
+
+def batch(step: int, rows: int = 2, length: int = 12) -> dict:
+    generator = torch.Generator().manual_seed(step)
+    ids = torch.randint(0, 256, (rows, length), generator=generator)
+    return {"input_ids": ids, "labels": ids, "use_cache": False}
+
+
+def train(model, steps, autocast=False, batches=batch, micro=1):
+    """Losses and weights after a few steps of gradient descent."""
+    model.train()
+    losses = []
+    for step in range(steps):
+        for part in range(micro):
+            context = torch.autocast("cpu", torch.bfloat16) if autocast else nullcontext()
+            with context:
+                loss = model(**batches(step * micro + part)).loss
+            loss.backward()
+            losses.append(loss.detach())
+        with torch.no_grad():
+            for parameter in model.parameters():
+                if parameter.grad is not None:
+                    parameter -= 0.1 * parameter.grad
+                    parameter.grad = None
+    return losses, [p.detach().clone() for p in model.parameters()]
+
+
+def same(one, other):
+    for a, b in zip((*one[0], *one[1]), (*other[0], *other[1]), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def adapted(model):
+    torch.manual_seed(0)
+    config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, init_lora_weights=False)
+    return get_peft_model(model.requires_grad_(False), config)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("arch", ["llama", "qwen3", "gemma", "phi", "gpt2", "opt"])
+def test_the_numbers_are_those_of_ordinary_layers(arch, policy, monkeypatch):
+    plain = tiny_model(arch, **NO_DROPOUT.get(arch, {}))
+    model = copy.deepcopy(plain)
+    activations, recorder = graphed(model, policy, monkeypatch)
+    same(train(model, 5), train(plain, 5))
+    layers = sum(isinstance(getattr(m, "_gradient_checkpointing_func", None), GraphedLayer) for m in model.modules())
+    assert not activations.graphs.reason and layers
+    assert recorder.replays == 3 * 2 * layers  # steps 3 to 5, forward and backward
+    assert activations.to_dict()["cuda_graphs"]["graphs"] == 2 * layers
+
+
+@pytest.mark.parametrize("autocast", [False, True])
+@pytest.mark.parametrize("policy", POLICIES)
+def test_fused_adapters(policy, autocast, monkeypatch):
+    results = []
+    for graphs in (False, True):
+        model = adapted(tiny_model("llama"))
+        if graphs:
+            activations, recorder = graphed(model, policy, monkeypatch)
+        else:
+            keep_activations(model, policy)
+        fuse(model)
+        results.append(train(model, 6, autocast, micro=2))
+    same(*results)
+    assert recorder.replays and not activations.graphs.reason
+
+
+def test_each_shape_has_its_own_up_to_a_limit(monkeypatch):
+    plain = tiny_model("llama")
+    model = copy.deepcopy(plain)
+    activations, recorder = graphed(model, "full", monkeypatch)
+
+    def of_many_lengths(step):
+        return batch(step, length=8 + step % (MOST_SHAPES + 2))
+
+    same(train(model, 4 * (MOST_SHAPES + 2), batches=of_many_lengths), train(plain, 4 * (MOST_SHAPES + 2), batches=of_many_lengths))
+    assert activations.to_dict()["cuda_graphs"]["shapes"] == MOST_SHAPES
+
+
+def test_graphs_that_hold_what_backward_needs_take_one_pass_at_a_time(monkeypatch):
+    plain = tiny_model("llama")
+    model = copy.deepcopy(plain)
+    _, recorder = graphed(model, "none", monkeypatch)
+    found = []
+    for m in (plain, model):
+        train(m, 3)
+        before = recorder.replays
+        losses = [m(**batch(step)).loss for step in (10, 11)]
+        sum(losses).backward()
+        found.append((losses, [p.grad for p in m.parameters()]))
+    same(*found)
+    assert recorder.replays == before + 2 * len(model.model.layers)
+
+
+def test_what_is_watched_or_random_or_without_gradients_takes_the_ordinary_path(monkeypatch):
+    model = tiny_model("llama")
+    activations, recorder = graphed(model, "full", monkeypatch)
+    train(model, 3)
+    before, seen = recorder.replays, []
+    handle = model.model.layers[0].mlp.register_forward_hook(lambda *_: seen.append(1))
+    train(model, 1)
+    assert seen and recorder.replays == before + 2 * (len(model.model.layers) - 1)
+    handle.remove()
+    with torch.no_grad():
+        model(**batch(0))
+    model.eval()(**batch(0)).loss.backward()
+    assert recorder.replays == before + 2 * (len(model.model.layers) - 1)
+
+    model = tiny_model("llama", attention_dropout=0.2)
+    activations, recorder = graphed(model, "full", monkeypatch)
+    train(model, 5)
+    assert not recorder.replays and not activations.graphs.reason
+
+
+def test_a_layer_whose_parameters_moved_takes_the_ordinary_path(monkeypatch):
+    plain = tiny_model("llama")
+    model = copy.deepcopy(plain)
+    _, recorder = graphed(model, "none", monkeypatch)
+    train(model, 3), train(plain, 3)
+    before = recorder.replays
+    for m in (model, plain):
+        weight = m.model.layers[0].mlp.up_proj.weight
+        weight.data = weight.data * 2
+    same(train(model, 1), train(plain, 1))
+    assert recorder.replays == before + 2 * (len(model.model.layers) - 1)
+
+
+def test_what_cannot_be_recorded_is_said_and_trains_all_the_same(monkeypatch):
+    plain = tiny_model("llama")
+    model = copy.deepcopy(plain)
+    activations, recorder = graphed(model, "full", monkeypatch)
+
+    def fails(function):
+        raise RuntimeError("operation not permitted when stream is capturing\nand more")
+
+    recorder.record = fails
+    same(train(model, 5), train(plain, 5))
+    assert "not permitted" in activations.to_dict()["cuda_graphs"]["why_not"]
+
+
+def test_a_copy_of_the_model_begins_without_graphs(monkeypatch):
+    model = tiny_model("llama")
+    graphed(model, "full", monkeypatch)
+    train(model, 3)
+    again = copy.deepcopy(model)
+    same(train(again, 2), train(model, 2))
+
+
+def test_packed_rows(monkeypatch):
+    """Borders are padded with empty samples to few shapes."""
+    from lowprec.data.documents import Documents
+
+    documents = Documents.of([5, 7, 12]).rounded()
+    assert documents.borders.tolist() == [0, 5, 12, 24, 24, 24, 24, 24, 24] and documents.longest == 16
+    model = tiny_model("llama")
+    assert attend_without_masks(model)
+    with pytest.raises(ValueError, match="FlashAttention"):
+        model(**batch(0, 2, 12), documents=documents)
+
+
+def test_why_not():
+    model = tiny_model("llama")
+    assert "no CUDA device" in why_no_graphs(model, "full", torch.device("cpu"))
+    assert "selective" in why_no_graphs(model, "selective", torch.device("cuda"))
+    assert "no layers" in why_no_graphs(torch.nn.Linear(2, 2), "none", torch.device("cuda"))
+    assert why_no_graphs(model, "offload", torch.device("cuda")) is None
+    assert LayerGraphs(True).to_dict() == {"shapes": 0, "graphs": 0, "recording_s": 0.0}
