@@ -70,6 +70,7 @@ def wrap(
     calibration: Mapping[str, torch.Tensor] | None = None,
     device: torch.device | str | None = None,
     use_liger_kernel: bool = True,
+    in_graphs: bool = False,
 ) -> WrapReport:
     """Convert the linear layers of ``model`` in place, put fused kernels on its other parts, and say what was done.
 
@@ -89,6 +90,8 @@ def wrap(
             model never holds the 16-bit one. None converts every layer where it is.
         use_liger_kernel: put Liger's kernels on the norms, gated MLPs and rotary embeddings of this one model, where
             ``device`` can run them.
+        in_graphs: the layers will be replayed as CUDA graphs, so schemes that choose by measurement compare the
+            device's time alone, without the host's.
 
     Returns:
         A report with one row for each linear layer, and what became of the other parts. ``print`` shows it as a table.
@@ -117,7 +120,7 @@ def wrap(
     def is_frozen(name: str) -> bool:
         return (not linears[name].weight.requires_grad) if frozen is None else frozen
 
-    _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration, device)
+    _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration, device, in_graphs)
     rows = []
     for name in list(linears):
         row, layer_is_frozen = _row(name, linears[name]), is_frozen(name)
@@ -178,12 +181,12 @@ def _convert(model: nn.Module, row: LinearRow, linear: nn.Module, scheme: Weight
     row.rotation_block = getattr(converted, "rotation_block", None)
 
 
-def _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration, device) -> None:
+def _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration, device, in_graphs) -> None:
     """Replace the schemes that choose by themselves (they have ``choose``) by what they choose for each layer."""
     choosers = {id(scheme): scheme for scheme in schemes.values() if hasattr(scheme, "choose")}
     for chooser in choosers.values():
         mine = {name: (_as_linear(linears[name]), is_frozen(name)) for name, s in schemes.items() if s is chooser}
-        verdicts = _of_main_process(chooser.choose(model, mine, calibration, device))
+        verdicts = _of_main_process(chooser.choose(model, mine, calibration, device, in_graphs))
         for name, (scheme, reason) in verdicts.items():
             reasons[name] = reason
             if scheme is None:

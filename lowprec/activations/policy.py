@@ -5,8 +5,8 @@ are such functions around PyTorch's checkpoint without re-entry, so none of them
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
 from contextlib import nullcontext
+from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Any
 

@@ -62,9 +62,10 @@ class Auto:
         linears: dict[str, tuple[nn.Linear, bool]],
         calibration: Any,
         device: torch.device | str | None = None,
+        in_graphs: bool = False,
     ) -> dict[str, tuple[EightBit | None, str]]:
         """Layer name -> the scheme (None: 16 bits) and the reason, with what was measured on ``device`` (None: where
-        the layer is)."""
+        the layer is), as kernels of a CUDA graph or launched one by one."""
         samples = record(model, linears, calibration) if calibration is not None else {}
         times: dict[tuple, dict[str, float]] = {}
         verdicts = {}
@@ -74,7 +75,7 @@ class Auto:
                 placed.requires_grad_(not frozen)
             key = (linear.out_features, linear.in_features, frozen, linear.weight.dtype)
             if key not in times:
-                times[key] = self._times(placed, frozen)
+                times[key] = self._times(placed, frozen, in_graphs)
             verdicts[name] = self._verdict(placed, frozen, times[key], samples.get(name))
         return verdicts
 
@@ -133,21 +134,21 @@ class Auto:
             return scheme, f"{plain / took:.2f}x bf16 at {self.tokens} tokens, {worst:.0f} dB{measured}"
         return None, f"16 bits are best at {self.tokens} tokens: {', '.join(notes)}"
 
-    def _times(self, linear: nn.Linear, frozen: bool) -> dict[str, float]:
+    def _times(self, linear: nn.Linear, frozen: bool, in_graphs: bool) -> dict[str, float]:
         """Scheme -> ms of forward and backward, from the file of verdicts where it knows them."""
         shape = f"{linear.out_features}|{linear.in_features}|{linear.weight.dtype}"
 
         candidates, _ = self._worth_timing(linear, frozen)
 
         def measure() -> dict[str, float]:
-            ms = {"bf16": milliseconds_of(linear, self.tokens, frozen)}
+            ms = {"bf16": milliseconds_of(linear, self.tokens, frozen, in_graphs)}
             for scheme in candidates:
                 layer = scheme.convert(copy.deepcopy(linear), frozen)
-                ms[scheme.option_name] = milliseconds_of(layer, self.tokens, frozen)
+                ms[scheme.option_name] = milliseconds_of(layer, self.tokens, frozen, in_graphs)
             return ms
 
         names = ",".join(scheme.option_name for scheme in candidates)
-        key = f"{shape}|{frozen}|{self.tokens}|{self.layout}|{self.cache}|{names}"
+        key = f"{shape}|{frozen}|{self.tokens}|{self.layout}|{self.cache}|{names}|{in_graphs}"
         return remembered_times(linear.weight.device, key, measure)
 
 

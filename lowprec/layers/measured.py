@@ -11,7 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowprec.machine.timing import milliseconds
+from lowprec.machine.timing import graph_milliseconds, milliseconds
 
 KEPT_TOKENS = 1024
 """Tokens of the calibration batch on which the noise is measured."""
@@ -39,8 +39,8 @@ def remembered_times(device: torch.device, key: str, measure: Callable[[], dict[
     return ms
 
 
-def milliseconds_of(layer: nn.Linear, tokens: int, frozen: bool) -> float:
-    """ms of forward and backward of a layer."""
+def milliseconds_of(layer: nn.Linear, tokens: int, frozen: bool, in_graphs: bool = False) -> float:
+    """ms of forward and backward of a layer: of its kernels in a CUDA graph, or as the host launches them."""
     weight, dtype = layer.weight, _dtype(layer)
     x = torch.randn(tokens, layer.in_features, device=weight.device).to(dtype).requires_grad_()
     error = torch.randn(tokens, layer.out_features, device=weight.device).to(dtype)
@@ -49,6 +49,8 @@ def milliseconds_of(layer: nn.Linear, tokens: int, frozen: bool) -> float:
     def step() -> None:
         torch.autograd.grad(layer(x), wanted, error)
 
+    if in_graphs and weight.is_cuda:
+        return graph_milliseconds(step, repeats=12)
     return milliseconds(step, device=weight.device)
 
 

@@ -109,6 +109,7 @@ class NF4:
         linears: dict[str, tuple[nn.Linear, bool]],
         calibration: Any,
         device: torch.device | str | None = None,
+        in_graphs: bool = False,
     ) -> dict[str, tuple["NF4", str]]:
         """Layer name -> the scheme with its product settled, and what was measured."""
         if self.product != AUTO:
@@ -123,14 +124,16 @@ class NF4:
                 continue
             shape = (linear.out_features, linear.in_features, linear.weight.dtype)
             if name in samples or shape not in known:  # without a sample, what holds for one holds for its shape
-                known[shape] = self._verdict(copy.deepcopy(linear).to(target), samples.get(name))
+                known[shape] = self._verdict(copy.deepcopy(linear).to(target), samples.get(name), in_graphs)
             verdicts[name] = known[shape]
         return verdicts
 
     def _with(self, product: str) -> "NF4":
         return replace(self, product=product)
 
-    def _verdict(self, linear: nn.Linear, sample: tuple[torch.Tensor, torch.Tensor] | None) -> tuple["NF4", str]:
+    def _verdict(
+        self, linear: nn.Linear, sample: tuple[torch.Tensor, torch.Tensor] | None, in_graphs: bool
+    ) -> tuple["NF4", str]:
         """The fastest product within the bound on noise for a layer that is on its device."""
         if self._with("bf16").why_not(linear, True) is not None:
             return self._with("bf16"), ""  # the report will say why it cannot be packed
@@ -140,10 +143,10 @@ class NF4:
             if self._why_no_product(linear, product) is None
         }
         shape = f"{linear.out_features}|{linear.in_features}|{layers['bf16'].compute_dtype}"
-        key = f"nf4|{shape}|{self.block_size}|{self.double_quant}|{self.tokens}|{','.join(layers)}"
+        key = f"nf4|{shape}|{self.block_size}|{self.double_quant}|{self.tokens}|{','.join(layers)}|{in_graphs}"
         times = remembered_times(
             linear.weight.device, key,
-            lambda: {name: milliseconds_of(layer, self.tokens, True) for name, layer in layers.items()},
+            lambda: {name: milliseconds_of(layer, self.tokens, True, in_graphs) for name, layer in layers.items()},
         )  # fmt: skip
         weight = layers["bf16"].dequantized_weight()  # type: ignore[operator]
         notes = []

@@ -33,6 +33,9 @@ class Train:
     ``full``, ``false`` is ``none``."""
     use_liger_kernel: bool = True
     """Liger's kernels for norms, gated MLPs and rotary embeddings of this run's model, where the device runs them."""
+    cuda_graphs: bool = False
+    """Replay decoder layers as CUDA graphs, where the host is slower than the device. A shape of batch that comes for
+    the third time is recorded, up to four shapes; the report says what was not, and why."""
     torch_compile: bool = False
     """Compile the decoder layers, with ``gradient_checkpointing`` none or full."""
     max_grad_norm: float | None = 1.0
@@ -56,6 +59,11 @@ class Train:
 
     grid_g_co2e_per_kwh: float = WORLD_G_CO2E_PER_KWH
     """Grams of CO2 equivalent a kWh of the electricity here, for the report; by default the world's average."""
+
+    @property
+    def uses_graphs(self) -> bool:
+        """Compiled layers are left to ``torch.compile``."""
+        return self.cuda_graphs and not self.torch_compile
 
     def __post_init__(self) -> None:
         self.gradient_checkpointing = _policy(self.gradient_checkpointing)

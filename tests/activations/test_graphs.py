@@ -126,7 +126,10 @@ def test_each_shape_has_its_own_up_to_a_limit(monkeypatch):
     def of_many_lengths(step):
         return batch(step, length=8 + step % (MOST_SHAPES + 2))
 
-    same(train(model, 4 * (MOST_SHAPES + 2), batches=of_many_lengths), train(plain, 4 * (MOST_SHAPES + 2), batches=of_many_lengths))
+    same(
+        train(model, 4 * (MOST_SHAPES + 2), batches=of_many_lengths),
+        train(plain, 4 * (MOST_SHAPES + 2), batches=of_many_lengths),
+    )
     assert activations.to_dict()["cuda_graphs"]["shapes"] == MOST_SHAPES
 
 

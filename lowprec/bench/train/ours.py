@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from lowprec.activations import choose_policy, keep_activations
+from lowprec.activations import choose_policy, keep_activations, why_no_graphs
 from lowprec.attention import attend_without_masks
 from lowprec.bench.train.clock import cap_memory, time_steps
 from lowprec.bench.train.works import Work
@@ -47,10 +47,12 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     policy = choose_policy(recipe, device, AutoConfig.for_model(**work.shape))
     model = random_model(work.shape, recipe.model.torch_dtype, device)
     attend_without_masks(model, work.length)
+    graphs = recipe.train.uses_graphs and why_no_graphs(model, policy[0], device) is None
     frozen = recipe.choice("adapter") != "none"
-    layers = wrap(model, recipe.weights, frozen=frozen, device=device, use_liger_kernel=recipe.train.use_liger_kernel)
+    options = {"use_liger_kernel": recipe.train.use_liger_kernel, "in_graphs": graphs}
+    layers = wrap(model, recipe.weights, frozen=frozen, device=device, **options)
     model = recipe.adapter.attach(model)
-    activations = keep_activations(model, *policy)
+    activations = keep_activations(model, *policy, graphs=graphs)
     model.to(device).train()
     fused = recipe.adapter.fuse(model)
     optimizer = recipe.optimizer.build(model, recipe.state_store)
@@ -75,7 +77,7 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
         "kernel_ms": parts,
         "layers": layers.counts(),
         "kernels": kernels,
-        "activations": getattr(activations, "policy", ""),
+        "activations": activations.to_dict(),
     }
     reasons = sorted({f"{'x'.join(map(str, row.shape))}: {row.reason}" for row in layers.rows if row.reason})
     return timing.to_dict() | facts | {"reasons": reasons, "lora": fused.summary() if fused else None}
