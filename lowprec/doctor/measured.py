@@ -41,7 +41,9 @@ def render_profile(profile: Profile, console: Console) -> None:
     rates = Table(title=machine.name, title_justify="left", show_header=False, box=None)
     rates.add_row("memory, read and written", f"{machine.memory_gb_per_s:.3g} GB/s")
     if machine.capability is not None:
-        rates.add_row("memory of the card", f"{machine.vram_gib:.1f} GiB, {machine.context_mib:.0f} MiB of context")
+        sure = " (assumed: others change the card's memory)" if "context_mib" in machine.assumed else ""
+        text = f"{machine.vram_gib:.1f} GiB, {machine.context_mib:.0f} MiB of context{sure}"
+        rates.add_row("memory of the card", text)
         rates.add_row("to the card, from it", f"{machine.h2d_gb_per_s:.3g}, {machine.d2h_gb_per_s:.3g} GB/s")
         rates.add_row("host memory pinned at once", f"{limits['pinned_gib']:g} GiB at least")
         rates.add_row("power limit", f"{machine.power_w:.0f} W" if machine.power_w else "hidden by the driver")

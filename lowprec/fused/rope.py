@@ -91,8 +91,8 @@ def _with_kernel(kind: Any, in_place: bool) -> FunctionType:
             q, k = q.clone(), k.clone()
         return LigerRopeFunction.apply(q, k, cos, sin)
 
-    forward = FunctionType(
-        plain.__code__, plain.__globals__ | {NAME: rope}, plain.__name__, plain.__defaults__, plain.__closure__
-    )
+    names = plain.__globals__ | {NAME: rope}
+    del names["__name__"]  # torch.compile would read the names from the module so called, and find the plain function
+    forward = FunctionType(plain.__code__, names, plain.__name__, plain.__defaults__, plain.__closure__)
     forward.__kwdefaults__ = plain.__kwdefaults__
     return forward

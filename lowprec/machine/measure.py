@@ -1,7 +1,5 @@
 """``measure``: this machine's profile in under 90 seconds. Every part has a deadline, so that slow ones end, too."""
 
-import subprocess
-import sys
 import time
 from collections.abc import Callable
 from contextlib import suppress
@@ -14,6 +12,7 @@ import torch
 
 from lowprec.bench import ssd
 from lowprec.errors import UserError
+from lowprec.machine.context import fresh_context
 from lowprec.machine.correction import Sample, fit, validate
 from lowprec.machine.energy import nvml_handle
 from lowprec.machine.machine import KINDS, Machine
@@ -48,7 +47,7 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
     progress("memory and links", 0.15)
     memory = copy_bandwidth(min(2 * GIB if gpu else GIB // 2, _free_bytes(device) // 4), device)
     h2d, d2h = link_bandwidth(GIB // 2, device) if gpu else (memory, memory)
-    context_mib = _context_mib(device) if gpu else 0.0
+    context = fresh_context(device) if gpu else None
     pinned = pinned_gib() if gpu else None
     refused = {kind: why for kind in KINDS if (why := _why_not(kind, device)) is not None}
     kinds = [kind for kind in KINDS if kind not in refused]
@@ -73,9 +72,10 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
         disk_write_gb_per_s=disk.write_gb_s,
         disk_mixed_gb_per_s=disk.mixed_gb_s,
         power_w=_power_w(device) if gpu else None,
-        context_mib=context_mib,
+        context_mib=context.mib if context else 0.0,
         launch_us=launch_us,
         product_us=product_us,
+        assumed=("context_mib",) if context and context.assumed else (),
         corrections={kind: fit(kind, samples, rates[kind]) for kind, samples in products.items()},
     )
     from lowprec.report import versions
@@ -198,31 +198,6 @@ def _power_w(device: torch.device) -> float | None:
         return pynvml.nvmlDeviceGetEnforcedPowerLimit(nvml_handle(pynvml, device)) / 1e3
     except Exception:  # not installed, or whatever a driver answers
         return None
-
-
-_CHILD = """
-import sys, torch
-x = torch.ones(256, 256, device="cuda", dtype=torch.bfloat16)
-(x @ x).sum().item()
-print(torch.cuda.memory_reserved(), flush=True)
-sys.stdin.readline()
-"""
-
-
-def _context_mib(device: torch.device) -> float:
-    """Device memory that another process takes beside its tensors, cuBLAS loaded."""
-    before = torch.cuda.mem_get_info(device)[0]
-    pipe = subprocess.PIPE
-    command = [sys.executable, "-c", _CHILD]
-    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-    assert child.stdout is not None
-    try:
-        reserved = child.stdout.readline()
-        if not reserved:
-            raise UserError("A second process cannot use the GPU beside this one: is it in exclusive mode?")
-        return max(0.0, (before - torch.cuda.mem_get_info(device)[0] - int(reserved)) / 2**20)
-    finally:
-        child.communicate("\n")
 
 
 def pinned_gib(most_gib: float = 8.0) -> float:

@@ -6,9 +6,10 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from lowprec.machine import footprint
+from lowprec.machine.context import own_context
 from lowprec.profiling.alive import Timeline
 from lowprec.profiling.flops import utilisation
-from lowprec.profiling.memory import GIB, context_bytes
+from lowprec.profiling.memory import GIB
 from lowprec.profiling.phases import PHASES
 from lowprec.report import hardware, peak_memory, versions
 
@@ -84,7 +85,9 @@ def _memory(session: "Session") -> dict[str, Any]:
         found["memory"] = memory_figures(session.timeline)
         if cuda:
             slack = max(session.peak.reserved - session.peak.allocated, 0)
-            found["memory"]["parts_gib"] |= {"slack": slack / GIB, "context": context_bytes(session.device) / GIB}
+            context = own_context(session.device)
+            found["memory"]["parts_gib"] |= {"slack": slack / GIB, "context": context.nbytes / GIB}
+            found["memory"]["context_from"] = context.source
     return found
 
 

@@ -6,8 +6,9 @@ from contextlib import contextmanager
 import torch
 
 from lowprec.errors import UserError
+from lowprec.machine.context import own_context
 from lowprec.profiling.alive import Alive
-from lowprec.profiling.memory import GIB, context_bytes
+from lowprec.profiling.memory import GIB
 
 KEY = "profile.vram_limit_gib"
 
@@ -34,18 +35,17 @@ def limited(device: torch.device, gib: float | None) -> Iterator[str | None]:
                 "times mean nothing."
             )
         return
-    torch.cuda.init()
+    context = own_context(device)
     index = torch.cuda.current_device() if device.index is None else device.index
     total = torch.cuda.get_device_properties(device).total_memory
-    context = context_bytes(device)
     if gib * GIB > total:
         raise UserError(f"{KEY}={gib:g} is more than this GPU's {total / GIB:.1f} GiB. Choose a smaller limit or none.")
-    if gib * GIB <= context:
-        raise UserError(f"{KEY}={gib:g} is less than the {context / GIB:.2f} GiB that CUDA's own context takes here.")
-    torch.cuda.set_per_process_memory_fraction((gib * GIB - context) / total, index)
+    if gib * GIB <= context.nbytes:
+        raise UserError(f"{KEY}={gib:g} leaves nothing beside CUDA's own context, which takes {context} here.")
+    torch.cuda.set_per_process_memory_fraction((gib * GIB - context.nbytes) / total, index)
     try:
         yield (
-            f"This GPU behaves as one of {gib:g} GiB ({context / GIB:.2f} of them the context). Its speed is still "
+            f"This GPU behaves as one of {gib:g} GiB, {context} of them the context. Its speed is still "
             f"that of the {torch.cuda.get_device_name(device)}."
         )
     finally:

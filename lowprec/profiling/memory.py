@@ -39,9 +39,3 @@ class PeakMemory:
             name = f"peak_{self._phase}_gib"
             self._steps[-1][name] = max(self._steps[-1].get(name, 0.0), peak / GIB)
         self._phase = phase
-
-
-def context_bytes(device: torch.device) -> int:
-    """What the device holds beside PyTorch's allocator: this process's context, and other processes, if there are."""
-    free, total = torch.cuda.mem_get_info(device)
-    return max(total - free - torch.cuda.memory_reserved(device), 0)

@@ -63,22 +63,23 @@ class Phases:
             listener(phase)
         self.host_s += time.perf_counter() - began
 
-    def leave(self) -> None:
-        """The step's work has been called. To say it twice is to say it once."""
+    def leave(self, at: Mark | None = None) -> None:
+        """The step's work has been called, up to the mark ``at`` (None: now). To say it twice is to say it once."""
         if not self._steps or self._steps[-1].end is not None:
             return
         began = time.perf_counter()
         step = self._steps[-1]
-        step.end = self._last_end = Mark(self.device)
+        step.end = self._last_end = at or Mark(self.device)
         unhidden = self._unhidden_s()
         step.disk_wait_s, self._disk_wait_s = unhidden - self._disk_wait_s, unhidden
         for listener in self.listeners:
             listener("")
         self.host_s += time.perf_counter() - began
 
-    def begin(self) -> None:
-        """Steps begin, or go on, here: what came since the last one, an evaluation or a checkpoint, belongs to none."""
-        self._last_end = Mark(self.device)
+    def begin(self, at: Mark | None = None) -> None:
+        """Steps begin, or go on, at ``at`` (None: now): what came since the last one, an evaluation or a checkpoint,
+        belongs to none."""
+        self._last_end = at or Mark(self.device)
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

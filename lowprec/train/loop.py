@@ -285,7 +285,7 @@ class Run:
             self.progress.update(eval_loss_before=self.progress["eval_loss"], answers_before=self.progress["answers"])
         pending: _Pending | None = None
         mark = Mark(self.accelerator.device)
-        self.step.phases.begin()
+        self.step.phases.begin(mark)
         for batch in self.loader:
             step = self.progress["step"] + 1
             if step > self.num_steps:
@@ -308,7 +308,7 @@ class Run:
                 if stopping and not last:
                     return True
                 mark = Mark(self.accelerator.device)
-                self.step.phases.begin()
+                self.step.phases.begin(mark)
         return False
 
     def _launch(self, step: int, batch: StepBatch, begin: Mark) -> _Pending:

@@ -92,8 +92,9 @@ class TrainStep:
         loss = shared[0] / accelerator.num_processes
         self.bad = torch.maximum(self.bad, 1.0 - torch.isfinite(loss + grad_norm).float())
         self._update()
-        self.phases.leave()  # before the mark of the scalars: when those are there, the phases are over, too
-        return self._send(torch.stack([loss, grad_norm.float(), self.bad, shared[1]]))
+        scalars = self._send(torch.stack([loss, grad_norm.float(), self.bad, shared[1]]))
+        self.phases.leave(scalars.end)  # one mark for both: the phases make up the step exactly
+        return scalars
 
     def _clip(self) -> torch.Tensor:
         if self.max_grad_norm is not None:

@@ -9,6 +9,7 @@ from lowprec.activations import POLICIES, choose_policy, keep_activations
 from lowprec.activations.offload import Offload
 from lowprec.activations.policy import fitting
 from lowprec.activations.selective import Cost, Selective, choose, measure
+from lowprec.attention import attend_without_masks
 from lowprec.config import resolve
 from lowprec.errors import UserError
 from lowprec.testing import ARCHITECTURES, tiny_model
@@ -182,6 +183,7 @@ def test_auto_takes_the_first_that_is_predicted_to_fit():
 def test_bits_of_none_on_the_gpu_without_waiting(policy):
     def gradients(name):
         model = tiny_model("llama", num_hidden_layers=6, dtype=torch.bfloat16).cuda().train()
+        assert attend_without_masks(model)  # as in training: to choose a mask, transformers would read the batch back
         keep_activations(model, name)
         batch = ids(4, 64).cuda()
         for step in range(3):
@@ -197,15 +199,17 @@ def test_bits_of_none_on_the_gpu_without_waiting(policy):
 
 @pytest.mark.gpu
 def test_offload_holds_less_on_the_gpu_than_full():
+    """With frozen weights: the gradients of others add up while the inputs go, and could be the most at the end."""
     peaks = {}
     for policy in ("full", "offload"):
         model = tiny_model("llama", num_hidden_layers=12, hidden_size=512, dtype=torch.bfloat16).cuda().train()
+        model.requires_grad_(False).enable_input_require_grads()
+        assert attend_without_masks(model)
         keep_activations(model, policy)
         batch = ids(8, 512).cuda()
         for _ in range(2):
             torch.cuda.reset_peak_memory_stats()
             held = torch.cuda.memory_allocated()
             model.model(input_ids=batch, use_cache=False).last_hidden_state.float().mean().backward()
-            model.zero_grad()
         peaks[policy] = torch.cuda.max_memory_allocated() - held
-    assert peaks["offload"] < peaks["full"] - 8 * 8 * 512 * 512 * 2  # most of eleven inputs
+    assert peaks["offload"] < peaks["full"] - 8 * 8 * 512 * 512 * 2  # nine of the twelve inputs are away

@@ -68,12 +68,14 @@ def test_without_a_gpu_it_says_what_that_means(checks):
 
 
 @pytest.mark.gpu
-def test_on_a_gpu_the_kernels_compile_and_are_right(checks):
-    tried = [check for check in checks if check.group == kernels.GROUP]
+def test_on_a_gpu_the_kernels_compile_and_are_right(tmp_path):
+    """By the command: it sets the allocator up, which has to be done before CUDA starts."""
+    _, checks = lowprec_doctor(tmp_path, XDG_CACHE_HOME=str(tmp_path))
+    tried = [check for check in checks.values() if check["group"] == kernels.GROUP]
     assert len(tried) >= 12
     names = ("GPU 0", "Triton", "bf16", "int8", "pinned memory", "expandable segments", "no spill into host memory")
-    for check in [named(checks, name) for name in names] + tried:
-        assert check.ok or "needs compute capability" in check.reason, f"{check.name}: {check.reason}"
+    for check in [checks[name] for name in names] + tried:
+        assert check["ok"] or "needs compute capability" in check["reason"], f"{check['name']}: {check['reason']}"
 
 
 def test_table_and_json_hold_every_check(checks):
@@ -136,10 +138,12 @@ def test_a_source_folder_that_is_not_installed_is_said(monkeypatch):
     assert "not installed" in first.reason and "pip install" in first.remedy
 
 
-def lowprec_doctor(cwd, **environment) -> tuple[int, dict[str, dict]]:
-    """The command itself, in a process of its own: exit code, and the checks by name."""
+def lowprec_doctor(cwd, *in_front, **environment) -> tuple[int, dict[str, dict]]:
+    """The command itself, in a process of its own that imports from the folders ``in_front``, then as this one: exit
+    code, and the checks by name."""
     command = [sys.executable, "-m", "lowprec", "doctor", "--quick", "--json"]
-    found = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, timeout=250)
+    environment = os.environ | environment | {"PYTHONPATH": os.pathsep.join([*map(str, in_front), *sys.path])}
+    found = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=250)
     assert found.stdout, found.stderr
     return found.returncode, {check["name"]: check for check in json.loads(found.stdout)["checks"]}
 
@@ -148,7 +152,7 @@ def test_the_command_fails_where_a_package_is_broken_and_the_folder_cannot_be_wr
     """Real causes: a peft that does not import, hidden in front of the real one, and a folder that takes no file."""
     (tmp_path / "peft").mkdir()
     (tmp_path / "peft" / "__init__.py").write_text("raise ImportError('undefined symbol: aoti_torch')")
-    code, checks = lowprec_doctor("/proc", PYTHONPATH=str(tmp_path), XDG_CACHE_HOME=str(tmp_path))
+    code, checks = lowprec_doctor("/proc", tmp_path, XDG_CACHE_HOME=str(tmp_path))
     assert code == 1
     assert "undefined symbol" in checks["peft"]["reason"] and "--force-reinstall 'peft" in checks["peft"]["remedy"]
     assert checks["run folder"]["ok"] is False and "train.output_dir" in checks["run folder"]["remedy"]

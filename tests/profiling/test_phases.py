@@ -64,12 +64,18 @@ def test_a_loop_that_nobody_measures_costs_nothing():
     assert phases.host_s == 0
 
 
+def check_phases_make_up_steps(folder):
+    """To the rounding of the figures, 10 us of the step's, however long anything took: they share their marks."""
+    rows = [row for row in read_metrics(folder) if "loss" in row]
+    assert rows
+    for row in rows:
+        parts = [row[f"{name}_ms"] for name in ("data", "forward", "backward", "optimizer")]
+        assert sum(parts) == pytest.approx(row["step_time_ms"], abs=0.02) and min(parts[1:]) > 0
+
+
 def test_training_writes_phases_and_what_they_cost(arguments, tmp_path):  # noqa: F811
     run("full", arguments("train.eval_steps=3"))
-    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row]
-    for row in rows:
-        parts = sum(row[f"{name}_ms"] for name in ("data", "forward", "backward", "optimizer"))
-        assert parts == pytest.approx(row["step_time_ms"], rel=0.05, abs=2)
+    check_phases_make_up_steps(tmp_path / "run")
     report = read_report(tmp_path / "run")
     assert set(report["phases_ms"]) == {"data", "forward", "backward", "optimizer", "disk_wait", "host_sync"}
     assert 0 < report["probe_cost_share"] < 1
@@ -83,9 +89,6 @@ def test_training_without_probes(arguments, tmp_path):  # noqa: F811
 
 
 @pytest.mark.gpu
-def test_phases_on_cuda_are_the_device_s_time_and_cost_under_two_percent(arguments, tmp_path):  # noqa: F811
-    run("full", arguments("model.dtype=bf16", "train.max_steps=20"))
-    rows = [row for row in read_metrics(tmp_path / "run") if "loss" in row][2:]
-    for row in rows:
-        parts = sum(row[f"{name}_ms"] for name in ("data", "forward", "backward", "optimizer"))
-        assert parts == pytest.approx(row["step_time_ms"], rel=0.05, abs=0.5)
+def test_phases_on_cuda_make_up_the_device_s_time(arguments, tmp_path):  # noqa: F811
+    run("full", arguments("model.dtype=bf16", "train.max_steps=20", "train.eval_steps=7"))
+    check_phases_make_up_steps(tmp_path / "run")

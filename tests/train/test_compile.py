@@ -1,12 +1,16 @@
 """Compiled layers give the loss and gradients of plain ones, and the time for compiling is told."""
 
+from types import SimpleNamespace
+
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.utils import counters
 
 from lowprec.activations import keep_activations
 from lowprec.config import resolve
 from lowprec.errors import UserError
+from lowprec.fused import rope
 from lowprec.fused.loss_head import put_loss
 from lowprec.testing import sqnr_db, tiny_model
 from lowprec.train.compile import compile_layers, compile_seconds
@@ -31,6 +35,28 @@ def test_compiled_layers_keep_their_numbers(policy):
     (expected, gradient), (loss, mine) = results
     torch.testing.assert_close(loss, expected, rtol=1e-6, atol=0)
     assert sqnr_db(gradient, mine) > 90
+
+
+def test_rotary_embeddings_by_a_kernel_are_compiled_with_their_layer(monkeypatch):
+    """The definition in the kernel's place; the name that stands for it is not the one of the attention's module."""
+    ops = pytest.importorskip("liger_kernel.ops")
+    monkeypatch.setattr(ops, "LigerRopeFunction", SimpleNamespace(apply=lambda *args: rope.plain_rope(*args)))
+    monkeypatch.setattr(rope, "runs_on", lambda x: True)
+    losses = []
+    rope._with_kernel.cache_clear()
+    for fused in (False, True):
+        model = tiny_model("llama", use_cache=False)
+        put_loss(model)
+        attentions = [module for module in model.modules() if rope.recognise(module)]
+        for module in attentions if fused else ():
+            rope.put_kernel(module)
+        torch.compiler.reset()
+        counters.clear()
+        compile_layers(model, backend="eager")
+        losses.append(loss_sum(model, batch()).detach())
+        assert len(attentions) == 2 and not counters["graph_break"] and counters["stats"]["unique_graphs"] == 1
+    rope._with_kernel.cache_clear()  # what it made calls the definition
+    torch.testing.assert_close(losses[1], losses[0], rtol=1e-6, atol=0)
 
 
 def test_what_does_not_go_together_is_refused():
