@@ -79,6 +79,7 @@ def _pays_from(speeds: dict[int, float]) -> int | str:
 
 
 def _layer(out_features: int, in_features: int, tokens: int, frozen: bool, peers: bool) -> list[dict]:
+    torch.compiler.reset()  # or the ninth layer that is compiled runs uncompiled (Dynamo's recompile_limit)
     plain, x, error = _operands(out_features, in_features, tokens, frozen)
     steps: dict[str, Callable[[], object]] = {}
     for name, layer in _candidates(plain, frozen, peers).items():

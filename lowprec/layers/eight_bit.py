@@ -38,16 +38,22 @@ def transposed_weight(weight: torch.Tensor | None, codes: Codes, plan: Plan) -> 
     return Codes(transpose_codes(codes.codes, codes.scale / largest), largest)
 
 
-def frozen_transposed_weight(codes: Codes, column_scale: torch.Tensor | None, plan: Plan) -> Codes:
+def fold_factor(weight: Codes, transposed: Codes, plan: Plan) -> torch.Tensor | None:
+    """``[out]``, by what the forward codes' rows are multiplied to become the input gradient's operand; None where its
+    codes are others, or the same."""
+    return weight.scale / transposed.scale if plan.shares_weight and plan.scale == "row" else None
+
+
+def frozen_transposed_weight(
+    codes: Codes, column_scale: torch.Tensor, factor: torch.Tensor | None, plan: Plan
+) -> Codes:
     """The input gradient's weight operand from the stored forward codes alone, made at each call (2 bytes of traffic a
-    weight). Where it is rotated otherwise, it is cast again with the column scales that were found once."""
+    weight) with the scales (and ``fold_factor``) that were found once. Rotated otherwise, it is cast again."""
     if plan.shares_weight:
-        return transposed_weight(None, codes, plan)
+        return Codes(transpose_codes(codes.codes, factor), column_scale)
     if plan.scale == "tensor" or plan.error_scale == "tensor" or plan.error_in_block > 1:
         return transposed_weight(decoded_weight(codes, plan, torch.bfloat16), codes, plan)
-    assert column_scale is not None
-    again = requantize_columns(*codes, plan.in_block, plan.error_out_block, column_scale)
-    return Codes(again, column_scale)
+    return Codes(requantize_columns(*codes, plan.in_block, plan.error_out_block, column_scale), column_scale)
 
 
 def decoded_weight(codes: Codes, plan: Plan, dtype: torch.dtype) -> torch.Tensor:
@@ -178,11 +184,11 @@ class FrozenProduct(torch.autograd.Function):
     """Y = X W^T + b and the input gradient in 8 bits, for weights that are stored as codes. Nothing is kept of X."""
 
     @staticmethod
-    def forward(ctx, x, bias, weight_forward, weight_scale, weight_backward, backward_scale, plan):
+    def forward(ctx, x, bias, weight_forward, weight_scale, weight_backward, backward_scale, factor, plan):
         y, _ = forward_product(x, Codes(weight_forward, weight_scale), bias, plan, x.dtype)
         both = weight_backward is not None
         mine = (weight_backward, None) if both else (weight_forward, weight_scale)
-        ctx.save_for_backward(*mine, backward_scale)
+        ctx.save_for_backward(*mine, backward_scale, factor)
         ctx.plan, ctx.both, ctx.tokens, ctx.x_dtype = plan, both, x.shape[0], x.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         return y
@@ -191,17 +197,17 @@ class FrozenProduct(torch.autograd.Function):
     @once_differentiable
     def backward(ctx, error):
         plan, error = ctx.plan, error.contiguous()
-        codes, scale, backward_scale = ctx.saved_tensors
+        codes, scale, backward_scale, factor = ctx.saved_tensors
         grad_x = grad_bias = None
         if ctx.needs_input_grad[0]:
             if ctx.both:
                 codes = Codes(codes, backward_scale)
             else:
-                codes = frozen_transposed_weight(Codes(codes, scale), backward_scale, plan)
+                codes = frozen_transposed_weight(Codes(codes, scale), backward_scale, factor, plan)
             grad_x = input_gradient(error_codes(error, plan, None), codes, plan, ctx.tokens, ctx.x_dtype)
         if ctx.needs_input_grad[1]:
             grad_bias = error.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, None, None, None
+        return grad_x, grad_bias, None, None, None, None, None, None
 
 
 def _rows(

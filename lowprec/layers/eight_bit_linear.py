@@ -17,6 +17,7 @@ from lowprec.layers.eight_bit import (
     TrainedProduct,
     decoded_weight,
     error_codes,
+    fold_factor,
     frozen_transposed_weight,
     input_gradient,
     shared_forward_product,
@@ -159,6 +160,7 @@ class FrozenEightBitLinear(_EightBitLinear):
     scale_bits: torch.Tensor
     backward_codes: torch.Tensor | None
     backward_bits: torch.Tensor
+    factor_bits: torch.Tensor | None
 
     @torch.no_grad()
     def _store(self, weight: torch.Tensor) -> None:
@@ -168,7 +170,11 @@ class FrozenEightBitLinear(_EightBitLinear):
         backward = transposed_weight(weight, forward, self.plan)
         codes = backward.codes.view(torch.int8) if self.layout == "both" else None
         self.register_buffer("backward_codes", codes, persistent=False)
-        self.register_buffer("backward_bits", backward.scale.view(torch.int32), persistent=False)
+        # One a column, also where they are the same: cuBLAS takes them as they are, without a copy at each call.
+        scale = backward.scale.expand(self.in_features).contiguous()
+        self.register_buffer("backward_bits", scale.view(torch.int32), persistent=False)
+        factor = fold_factor(forward, backward, self.plan) if self.layout == "one" else None
+        self.register_buffer("factor_bits", None if factor is None else factor.view(torch.int32), persistent=False)
 
     @property
     def stored(self) -> nn.Parameter:
@@ -197,8 +203,12 @@ class FrozenEightBitLinear(_EightBitLinear):
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
         backward = None if self.backward_codes is None else self.backward_codes.view(self.plan.dtype)
-        scale = self.backward_bits.view(torch.float32)
-        return FrozenProduct.apply(x, self.bias, *self._codes(), backward, scale, self.plan)
+        return FrozenProduct.apply(x, self.bias, *self._codes(), backward, *self._backward_scales(), self.plan)
+
+    def _backward_scales(self) -> tuple[torch.Tensor, torch.Tensor | None]:
+        """Of the input gradient's weight operand: its scales ``[in]`` and ``fold_factor``."""
+        factor = None if self.factor_bits is None else self.factor_bits.view(torch.float32)
+        return self.backward_bits.view(torch.float32), factor
 
     def base_product(self, inputs: SharedInput, bias: torch.Tensor | None) -> torch.Tensor:
         """Y = X W^T + b, ``[tokens, out]``, without autograd: for functions of more than this layer."""
@@ -206,9 +216,9 @@ class FrozenEightBitLinear(_EightBitLinear):
 
     def base_gradient(self, error: torch.Tensor) -> torch.Tensor:
         """E W, ``[tokens, in]``, for ``error [tokens, out]``, without autograd."""
-        scale = self.backward_bits.view(torch.float32)
+        scale, factor = self._backward_scales()
         if self.backward_codes is None:
-            codes = frozen_transposed_weight(self._codes(), scale, self.plan)
+            codes = frozen_transposed_weight(self._codes(), scale, factor, self.plan)
         else:
             codes = Codes(self.backward_codes.view(self.plan.dtype), scale)
         rows = error_codes(error, self.plan, None)

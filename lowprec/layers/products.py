@@ -28,7 +28,7 @@ from lowprec.errors import UserError
 FP8 = torch.float8_e4m3fn
 WIDE_BLOCK = 256
 """Inputs of down projections have the largest outliers: in SmolLM2 a channel of 36 among others of 0.7. Blocks of 256
-instead of 64 take the worst token of the worst one from 33.8 to 34.6 dB in int8."""
+instead of 64 take the 1st percentile token of the worst one from 33.8 to 34.6 dB in int8; 128 takes it to 33.6."""
 
 GRADIENT_BLOCK = 32
 """Order of rotations over outputs and tokens. A column cast at order 32 runs at 83 % of the copy bandwidth, at order

@@ -22,7 +22,7 @@ BACKENDS = (
     Backend("reference", reference.quantize_columns),
 )
 REQUANTIZE_BACKENDS = (
-    Backend("triton", lazily("quantize_rows.triton_kernel", "requantize_columns"), _no_triton_again),
+    Backend("triton", lazily("quantize_rows.requantize_kernel", "requantize_columns"), _no_triton_again),
     Backend("reference", reference.requantize_columns),
 )
 

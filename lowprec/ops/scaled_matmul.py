@@ -32,9 +32,10 @@ def _no_torch(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> str
 
 
 def _run_torch(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> torch.Tensor:
-    """Row scales for both operands, since cuBLAS takes no mixture; a tensor scale is expanded."""
-    scale_a = scale_a.reshape(-1, 1).expand(a.shape[0], 1).contiguous()
-    scale_b = scale_b.reshape(1, -1).expand(1, b.shape[0]).contiguous()
+    """One scale each, or row scales for both, since cuBLAS takes no mixture: one of them alone is expanded."""
+    if scale_a.numel() > 1 or scale_b.numel() > 1:
+        scale_a = scale_a.reshape(-1, 1).expand(a.shape[0], 1).contiguous()
+        scale_b = scale_b.reshape(1, -1).expand(1, b.shape[0]).contiguous()
     y = torch._scaled_mm(
         a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=fast_accumulation
     )

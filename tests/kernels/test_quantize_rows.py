@@ -87,8 +87,9 @@ def test_columns_kernel_matches_the_reference(kernel, rows, dim, block, dtype):
 
 
 @pytest.mark.parametrize("in_block,row_block", [(64, 32), (1, 32), (64, 1), (16, 16), (256, 32), (256, 1)])
-def test_requantize_kernel_matches_the_reference(kernel, in_block, row_block):
-    x = normal(96, 768 if in_block == 256 else 192)
+def test_requantize_kernel_matches_the_reference(in_block, row_block):
+    kernel = pytest.importorskip("lowprec_kernels.quantize_rows.requantize_kernel")
+    x = normal(560, 768 if in_block == 256 else 192)  # more tiles than programs
     codes, scale = reference.quantize_rows(x, in_block, torch.int8)
     column_scale = reference.quantize_columns(x, row_block, torch.int8)[1]
     found = kernel.requantize_columns(codes, scale, in_block, row_block, column_scale)

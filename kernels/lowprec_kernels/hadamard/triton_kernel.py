@@ -95,6 +95,32 @@ def _rotate_columns(
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), inside)
 
 
+@triton.jit
+def _rotate_columns_256(x_ptr, y_ptr, dim, TILE: tl.constexpr, FP32: tl.constexpr):
+    """256 rows by TILE columns a program, rotated along the rows' axis, held as four quarters."""
+    column = tl.program_id(0) * TILE + tl.arange(0, TILE)
+    row = tl.program_id(1).to(tl.int64) * 256 + tl.arange(0, 64)
+    at = row[:, None] * dim + column[None, :]
+    step = dim.to(tl.int64) * 64
+    inside = (column < dim)[None, :]
+    h = signs(64, FP32)
+    a = _upper_quarter(x_ptr + at, inside, h, FP32)
+    b = _upper_quarter(x_ptr + at + step, inside, h, FP32)
+    c = _upper_quarter(x_ptr + at + 2 * step, inside, h, FP32)
+    d = _upper_quarter(x_ptr + at + 3 * step, inside, h, FP32)
+    a, b, c, d = butterfly(a, b, c, d)
+    tl.store(y_ptr + at, (a / 16).to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_ptr + at + step, (b / 16).to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_ptr + at + 2 * step, (c / 16).to(y_ptr.dtype.element_ty), inside)
+    tl.store(y_ptr + at + 3 * step, (d / 16).to(y_ptr.dtype.element_ty), inside)
+
+
+@triton.jit
+def _upper_quarter(x_ptr, inside, h, FP32: tl.constexpr):
+    x = tl.load(x_ptr, inside, 0.0)
+    return tl.dot(h, x.to(tl.float32) if FP32 else x.to(tl.bfloat16), input_precision="ieee")
+
+
 def rotate(x: torch.Tensor, block: int, axis: int = -1) -> torch.Tensor:
     """``reference.rotate`` for a matrix in bf16, fp16 (its values rounded to bf16 first) or fp32."""
     assert 16 <= block <= 256, f"block {block}: the tensor cores' product needs 16 to 256"
@@ -108,12 +134,17 @@ def rotate(x: torch.Tensor, block: int, axis: int = -1) -> torch.Tensor:
     if axis == 0:
         rows, dim = x.shape
         assert rows % block == 0
-        _rotate_columns[(triton.cdiv(dim, tile), rows // block)](x, y, dim, block, tile, scale, fp32, num_warps=8)
-    else:
-        assert x.shape[-1] % block == 0
-        groups = x.numel() // block
+        grid = (triton.cdiv(dim, tile), rows // block)
         if block == 256:
-            _rotate_rows_256[(triton.cdiv(groups, 64),)](x, y, groups, 64, fp32, num_warps=8)
-            return y
-        _rotate_rows[(triton.cdiv(groups, tile),)](x, y, groups, block, tile, scale, fp32, num_warps=8)
+            _rotate_columns_256[grid](x, y, dim, tile, fp32, num_warps=8)
+        else:
+            _rotate_columns[grid](x, y, dim, block, tile, scale, fp32, num_warps=8)
+        return y
+    assert x.shape[-1] % block == 0
+    groups = x.numel() // block
+    programs = triton.cdiv(groups, tile)
+    if block == 256:
+        _rotate_rows_256[(programs,)](x, y, groups, tile, fp32, num_warps=8)
+    else:
+        _rotate_rows[(programs,)](x, y, groups, block, tile, scale, fp32, num_warps=8)
     return y

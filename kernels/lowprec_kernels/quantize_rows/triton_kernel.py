@@ -1,11 +1,14 @@
 """Rotate + amax + scale + saturate + cast in one pass, 3 bytes of traffic an element; its transposing variant (5: the
 scale of a column needs all rows first); and the plain transposition of codes (2). Definitions: reference.py."""
 
+from functools import cache
+from typing import NamedTuple
+
 import torch
 import triton
 import triton.language as tl
 
-from lowprec_kernels.hadamard.triton_kernel import INTERPRETED, butterfly, quarters, signs
+from lowprec_kernels.hadamard.triton_kernel import INTERPRETED, quarters, signs
 from lowprec_kernels.quantize_rows.reference import AMAX_FLOOR, FP8, LARGEST_CODE, TINY, padded_rows
 
 ROUND = tl.constexpr(12582912.0)  # 1.5 * 2^23: adding and subtracting it rounds an fp32 below 2^22 to the nearest even
@@ -40,8 +43,14 @@ def _cast(x, LARGEST: tl.constexpr, dtype: tl.constexpr):
     """Saturate and round to nearest even; NaN passes the comparisons and stays NaN in e4m3."""
     x = tl.where(x > LARGEST, LARGEST, x)
     x = tl.where(x < -LARGEST, -LARGEST, x)
-    if dtype == tl.int8:
-        x = (x + ROUND) - ROUND
+    return _rounded(x, dtype)
+
+
+@triton.jit
+def _rounded(x, dtype: tl.constexpr):
+    """The cast of what is at most LARGEST, or above it by fp32's rounding alone."""
+    if dtype == tl.int8:  # the integer is in the sum's lowest bits: its lowest byte is the code
+        return (x + ROUND).to(tl.int32, bitcast=True).to(tl.int8)
     return x.to(dtype)
 
 
@@ -83,7 +92,7 @@ def _quantize_rows(
             z = tl.load(x_ptr + row[:, None] * stride + column[None, :], inside, 0.0).to(tl.float32)
         scale = _scale_of(tl.max(_magnitude_bits(z), 1), LARGEST)
         scale = _raised(scale, partner_ptr, row, row < rows, POWER_OF_TWO, PARTNER)
-        q = _cast(z * (1.0 / scale)[:, None], LARGEST, q_ptr.dtype.element_ty)
+        q = _rounded(z * (1.0 / scale)[:, None], q_ptr.dtype.element_ty)
         tl.store(q_ptr + row[:, None] * DIM + column[None, :], q, inside)
         tl.store(s_ptr + row, scale, row < rows)
 
@@ -116,10 +125,10 @@ def _quantize_rows_256(
         inverse = tl.broadcast_to((1.0 / scale)[:, None], [ROWS, GROUPS]) / 16
         inverse = tl.reshape(inverse, [ROWS * GROUPS])[:, None]
         into = q_ptr + group_row[:, None] * DIM + lane
-        tl.store(into, _cast(a * inverse, LARGEST, dtype), there)
-        tl.store(into + 64, _cast(b * inverse, LARGEST, dtype), there)
-        tl.store(into + 128, _cast(c * inverse, LARGEST, dtype), there)
-        tl.store(into + 192, _cast(d * inverse, LARGEST, dtype), there)
+        tl.store(into, _rounded(a * inverse, dtype), there)
+        tl.store(into + 64, _rounded(b * inverse, dtype), there)
+        tl.store(into + 128, _rounded(c * inverse, dtype), there)
+        tl.store(into + 192, _rounded(d * inverse, dtype), there)
 
 
 @triton.jit
@@ -168,7 +177,8 @@ def _quantize_columns(
         scale = _scale_of(tl.load(amax_ptr + column, column < dim, 0), LARGEST)
         once = lane + tl.program_id(0) * (PARTS * COLUMNS) < COLUMNS  # each column by one lane of the first programs
         tl.store(s_ptr + column, scale, (column < dim) & once)
-    q = _cast(z * (1.0 / scale)[None, :], LARGEST, q_ptr.dtype.element_ty)
+    z = z * (1.0 / scale)[None, :]
+    q = _cast(z, LARGEST, q_ptr.dtype.element_ty) if GIVEN else _rounded(z, q_ptr.dtype.element_ty)
     tl.store(q_ptr + column.to(tl.int64)[None, :] * padded + row, q, (row < padded) & (column < dim)[None, :])
 
 
@@ -188,63 +198,50 @@ def _transpose_codes(
     tl.store(t_ptr + column[:, None] * padded + row[None, :], tl.trans(q), into)
 
 
-@triton.jit
-def _decoded(q_ptr, s_ptr, rows, dim, row, column, IN_BLOCK: tl.constexpr, FP32: tl.constexpr):
-    """A tile of codes times the scales of their rows, un-rotated in blocks of IN_BLOCK, not yet divided by its root."""
-    inside = (row < rows)[:, None] & (column < dim)[None, :]
-    q = tl.load(q_ptr + row[:, None] * dim + column[None, :], inside, 0.0)
-    z = q.to(tl.float32) * tl.load(s_ptr + row, row < rows, 0.0)[:, None]
-    if IN_BLOCK > 1:
-        z = z if FP32 else z.to(tl.bfloat16)
-        z = tl.dot(z, signs(IN_BLOCK, FP32), input_precision="ieee")
-    return z
+@cache
+def cores_and_shared(device: torch.device) -> tuple[int, int]:
+    """Multiprocessors, and bytes of shared memory that one program may have."""
+    if INTERPRETED:
+        return 1, 2**20
+    found = torch.cuda.get_device_properties(device)
+    return found.multi_processor_count, getattr(found, "shared_memory_per_block_optin", 49152)  # ROCm has none
 
 
-@triton.jit
-def _cast_columns(
-    z, t_ptr, column_scale_ptr, padded, dim, row, column,
-    ROW_BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, LARGEST: tl.constexpr, FP32: tl.constexpr,
-):  # fmt: skip
-    """Rotate along the rows, cast with the columns' scales, store transposed."""
-    if ROW_BLOCK > 1:
-        z = z if FP32 else z.to(tl.bfloat16)
-        z = tl.dot(signs(ROW_BLOCK, FP32, ROWS), z, input_precision="ieee")
-    scale = tl.load(column_scale_ptr + column, column < dim, 1.0)
-    q = _cast(z * (NORM / scale)[None, :], LARGEST, t_ptr.dtype.element_ty)
-    into = (column < dim)[:, None] & (row < padded)[None, :]
-    tl.store(t_ptr + column[:, None] * padded + row[None, :], tl.trans(q), into)
+class RowSettings(NamedTuple):
+    """How ``quantize_rows`` is launched."""
+
+    tile: int
+    """Elements a program takes at a time; at least one row, and 16 blocks."""
+    warps: int
+    stages: int
+    """2: the next tile is loaded while this one is rotated."""
+    per_core: int
+    """Programs a multiprocessor; 0: one for each tile."""
+    registers: int | None = None
+    """A thread's at most; None: as many as the compiler likes."""
 
 
-@triton.jit
-def _requantize_columns(
-    q_ptr, s_ptr, t_ptr, column_scale_ptr, rows, padded, dim,
-    IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr, NORM: tl.constexpr,
-    LARGEST: tl.constexpr, FP32: tl.constexpr,
-):  # fmt: skip
-    """ROWS by COLUMNS a program; COLUMNS is IN_BLOCK where that rotates, ROWS a multiple of ROW_BLOCK."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    column = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)
-    z = _decoded(q_ptr, s_ptr, rows, dim, row, column, IN_BLOCK, FP32)
-    _cast_columns(z, t_ptr, column_scale_ptr, padded, dim, row, column, ROW_BLOCK, ROWS, NORM, LARGEST, FP32)
+def row_settings(padded: int, block: int, shared: int) -> RowSettings:
+    """For rows of up to ``padded`` elements, with ``shared`` bytes a program may have. Found by trial on an H100 for
+    rows of 1536 to 14336 at blocks of 64, and unrotated.
 
-
-@triton.jit
-def _requantize_columns_256(
-    q_ptr, s_ptr, t_ptr, column_scale_ptr, rows, padded, dim,
-    ROW_BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr, LARGEST: tl.constexpr, FP32: tl.constexpr,
-):  # fmt: skip
-    """``_requantize_columns`` for IN_BLOCK = 256, a group of columns a program, held as four quarters."""
-    row = tl.program_id(0).to(tl.int64) * ROWS + tl.arange(0, ROWS)
-    at = tl.program_id(1).to(tl.int64) * 256 + tl.arange(0, 64)
-    a = _decoded(q_ptr, s_ptr, rows, dim, row, at, 64, FP32)
-    b = _decoded(q_ptr, s_ptr, rows, dim, row, at + 64, 64, FP32)
-    c = _decoded(q_ptr, s_ptr, rows, dim, row, at + 128, 64, FP32)
-    d = _decoded(q_ptr, s_ptr, rows, dim, row, at + 192, 64, FP32)
-    a, b, c, d = butterfly(a, b, c, d)
-    _cast_columns(a, t_ptr, column_scale_ptr, padded, dim, row, at, ROW_BLOCK, ROWS, NORM, LARGEST, FP32)
-    _cast_columns(b, t_ptr, column_scale_ptr, padded, dim, row, at + 64, ROW_BLOCK, ROWS, NORM, LARGEST, FP32)
-    _cast_columns(c, t_ptr, column_scale_ptr, padded, dim, row, at + 128, ROW_BLOCK, ROWS, NORM, LARGEST, FP32)
-    _cast_columns(d, t_ptr, column_scale_ptr, padded, dim, row, at + 192, ROW_BLOCK, ROWS, NORM, LARGEST, FP32)
+    Programs of a grid that stays have to fit all at once: 8 of 128 threads with 64 registers do, and with 68, as the
+    compiler gave some, the eighth waits for the others. 128 Mi elements then ran at 79 % (int8, rows of 2048) or 76 %
+    (e4m3, 1536) of a copy's bandwidth on an H100, those with 64 at 92 to 95 %.
+    """
+    if block == 1:
+        return RowSettings(max(4096, padded), 4 if padded <= 16384 else 8, 1, 0)
+    tile = max(16384, padded)
+    signs_order = 64 if block == 256 else block
+    fits_twice = 4 * tile + 4 * signs_order**2 <= shared  # two tiles of bf16, and the signs twice
+    stages = 2 if fits_twice else 1
+    if block == 256:
+        return RowSettings(tile, tile // 2048, stages, 32768 // tile)
+    if padded <= 2048:
+        return RowSettings(4096, 4, 1, 8, 64) if block <= 64 else RowSettings(4096, 4, 1, 5, 96)
+    if padded <= 8192:
+        return RowSettings(8192, 4, 1, 4, 128)
+    return RowSettings(padded, 8, stages, 4) if padded <= 16384 else RowSettings(padded, 16, stages, 1, 128)
 
 
 def quantize_rows(
@@ -254,7 +251,7 @@ def quantize_rows(
     power_of_two: bool = False,
     partner: torch.Tensor | None = None,
     *,
-    settings: tuple[int, int, int, int] | None = None,
+    settings: RowSettings | None = None,
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """See ``reference.quantize_rows``; ``x [rows, dim]`` with contiguous rows, in bf16, fp16 or fp32."""
     x = x if x.stride(-1) == 1 else x.contiguous()
@@ -264,36 +261,23 @@ def quantize_rows(
     if rows == 0:
         return codes, scale
     padded = triton.next_power_of_2(dim)
-    tile, warps, stages, per_core = settings or _row_settings(padded, block)
+    cores, shared = cores_and_shared(x.device)
+    tile, warps, stages, per_core, registers = settings or row_settings(padded, block, shared)
     at_once = max(1, tile // padded, 16 * block // padded if block > 1 else 1)
     tiles = triton.cdiv(rows, at_once)
-    cores = 1 if INTERPRETED else torch.cuda.get_device_properties(x.device).multi_processor_count
     programs = min(tiles, per_core * cores) if per_core else tiles
     if block == 256:
         _quantize_rows_256[(programs,)](
             x, codes, scale, partner, rows, x.stride(0), tiles, programs, dim, padded, at_once, LARGEST_CODE[dtype],
-            power_of_two, partner is not None, INTERPRETED, stages, num_warps=warps,
+            power_of_two, partner is not None, INTERPRETED, stages, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
         return codes, scale
     _quantize_rows[(programs,)](
         x, codes, scale, partner, rows, x.stride(0), tiles, programs, dim, padded, block, at_once, block**-0.5,
         LARGEST_CODE[dtype], power_of_two, partner is not None, INTERPRETED, stages, num_warps=warps,
+        maxnreg=registers,
     )  # fmt: skip
     return codes, scale
-
-
-def _row_settings(padded: int, block: int) -> tuple[int, int, int, int]:
-    """Elements a tile, warps, stages, programs a multiprocessor (0: one for each tile), found by trial on an H100:
-    87 to 94 % of the copy bandwidth at block 64 for rows of 1536 to 14336, and 100 % unrotated."""
-    if block == 1:
-        return max(4096, padded), 4 if padded <= 16384 else 8, 1, 0
-    if block == 256:  # 64 groups, as many as the other tiles have; not tuned
-        return max(16384, padded), 8, 1, 2
-    if padded <= 2048:
-        return 4096, 4, 1, 8
-    if padded <= 8192:
-        return 8192, 4, 1, 4
-    return padded, 8, 2, 4
 
 
 def quantize_columns(
@@ -344,28 +328,5 @@ def transpose_codes(
     _transpose_codes[(triton.cdiv(padded, tile[0]), triton.cdiv(dim, tile[1]))](
         codes.view(torch.int8) if plain else codes, out.view(torch.int8) if plain else out, factor, rows, padded, dim,
         *tile, not plain, num_warps=warps,
-    )  # fmt: skip
-    return out
-
-
-def requantize_columns(
-    codes: torch.Tensor, scale: torch.Tensor, in_block: int, row_block: int, column_scale: torch.Tensor
-) -> torch.Tensor:
-    """See ``reference.requantize_columns``; contiguous ``codes [rows, dim]``."""
-    rows, dim = codes.shape
-    padded = padded_rows(rows, row_block)
-    out = torch.empty(dim, padded, dtype=codes.dtype, device=codes.device)
-    if out.numel() == 0:
-        return out
-    tall, wide = max(64, row_block), in_block if in_block > 1 else 64
-    if in_block == 256:
-        _requantize_columns_256[(triton.cdiv(padded, tall), dim // 256)](
-            codes, scale, out, column_scale, rows, padded, dim, row_block, tall, (256 * row_block) ** -0.5,
-            LARGEST_CODE[codes.dtype], INTERPRETED, num_warps=8,
-        )  # fmt: skip
-        return out
-    _requantize_columns[(triton.cdiv(padded, tall), triton.cdiv(dim, wide))](
-        codes, scale, out, column_scale, rows, padded, dim, in_block, row_block, tall, wide,
-        (in_block * row_block) ** -0.5, LARGEST_CODE[codes.dtype], INTERPRETED, num_warps=4,
     )  # fmt: skip
     return out
