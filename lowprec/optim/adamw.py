@@ -92,12 +92,12 @@ class AdamW(torch.optim.Optimizer):
         )
         self._chunks_of: dict[int, list[Chunk]] = {i: [] for i in self._formats}
         for chunk in self._store.chunks:
-            for parameter in dict.fromkeys(piece.parameter for piece in chunk.pieces):
+            for parameter in chunk.parameters:
                 self._chunks_of[parameter].append(chunk)
         self._order = list(self._store.chunks)
-        self._counts = StepCounts(self._update_devices)
+        self._counts = StepCounts(self._update_devices, self._group_of)
         self._round: Round | None = None
-        self._views: dict[int, list[dict[str, Tensor]]] = {}
+        self._kept: dict[int, list[Slice]] = {}
         self._in_backward: UpdateInBackward | None = None
         self._facts = {"state_store": state_store, "state_dtype": state_dtype, "master": master}
         self._drive_tbw = drive_tbw
@@ -129,8 +129,9 @@ class AdamW(torch.optim.Optimizer):
                     "it has no states: unfreeze it before building the optimizer."
                 )
         current = self._begin()
-        self._update([chunk for chunk in self._order if chunk.index not in current.finished])
-        self._counts.advance(current.updated, self._skip())
+        found_inf = self._found_inf()
+        self._update([chunk for chunk in self._order if chunk.index not in current.finished], found_inf)
+        self._counts.advance(current.updated, found_inf)
         self._round = None
         self._num_steps += 1
         self._order = list(current.finished.values()) + [c for c in self._order if c.index not in current.finished]
@@ -149,69 +150,65 @@ class AdamW(torch.optim.Optimizer):
         """
         if self._in_backward is None:
             params = {i: self._params[i] for i in self._formats}
-            self._in_backward = UpdateInBackward(params, self._chunks_of, self._update)
+            self._in_backward = UpdateInBackward(params, self._chunks_of, self._update, lambda: self.found_inf)
 
     @property
     def grad_norm(self) -> Tensor | None:
         """The norm of the gradients of this step so far (0-dim, on the device); None if not updating in backward."""
-        return None if self._in_backward is None else self._in_backward.norm_squared.sqrt()
+        return None if self._in_backward is None else self._in_backward.norm
 
-    def _skip(self) -> Tensor | None:
-        """``found_inf``, with the gradients that backward has shown so far."""
+    def _found_inf(self) -> Tensor | None:
+        """``found_inf``, with the gradients that backward has shown."""
         if self._in_backward is None:
             return self.found_inf
-        bad = (~torch.isfinite(self._in_backward.norm_squared)).float()
-        return bad if self.found_inf is None else torch.maximum(bad, self.found_inf.reshape(()).to(bad.device))
+        seen = self._in_backward.found_inf
+        return seen if self.found_inf is None else torch.maximum(seen, self.found_inf.reshape(()).to(seen.device))
 
     def _begin(self) -> Round:
         if self._round is None:
-            self._round = Round(self._counts.next(), self.param_groups)
+            self._counts.begin(self.param_groups)
+            self._round = Round()
         return self._round
 
-    def _update(self, chunks: Sequence[Chunk]) -> None:
+    def _update(self, chunks: Sequence[Chunk], found_inf: Tensor | None) -> None:
         """Update the pieces of ``chunks`` whose parameters have gradients."""
-        live = [c for c in chunks if any(self._params[piece.parameter].grad is not None for piece in c.pieces)]
-        for batch in [live] if self._store.resident else [[chunk] for chunk in live]:
-            buffers = [self._store.read(chunk) for chunk in batch]
-            slices = [s for chunk, buffer in zip(batch, buffers, strict=True) for s in self._slices(chunk, buffer)]
-            update([piece for _, piece in slices], self._skip())
-            for weights, piece in slices:
-                if piece.param.device != weights.device:
-                    weights.copy_(piece.param)
-            for chunk, buffer in zip(batch, buffers, strict=True):
-                self._store.write(chunk, buffer)
-        self._begin().finished.update((chunk.index, chunk) for chunk in live)
-
-    def _slices(self, chunk: Chunk, buffer: Tensor) -> Iterable[tuple[Tensor, Slice]]:
-        """The weights of the chunk that have gradients, each with the slice to update, on the update's device."""
         current = self._begin()
-        views = self._views.get(chunk.index) or chunk.views(buffer)
-        if self._store.resident:  # made once: 272 small parameters cost 5 ms a step otherwise
-            self._views[chunk.index] = views
-        for piece, states in zip(chunk.pieces, views, strict=True):
-            i = piece.parameter
-            param, grad = self._params[i], self._params[i].grad
-            if grad is None:
-                continue
+        grads = {i: grad for c in chunks for i in c.parameters if (grad := self._params[i].grad) is not None}
+        for i, grad in grads.items():
             if grad.layout != torch.strided:
                 raise UserError(
                     f"Parameter {self.names[i]} has a sparse gradient: build its embedding with sparse=False."
                 )
-            current.updated.add(i)
-            device = self._update_devices[i]
-            weights = param.detach().view(-1)[piece.start : piece.stop]
-            yield (
-                weights,
-                Slice(
-                    param=weights.to(device),
-                    grad=grad.contiguous().view(-1)[piece.start : piece.stop].to(device),
-                    states=states,
-                    steps=current.steps(self._group_of[i], device),
-                    index=i,
-                    start=piece.start,
-                    key=self._keys[i],
-                ),
-            )
+        live = [c for c in chunks if not grads.keys().isdisjoint(c.parameters)]
+        for batch in [live] if self._store.resident else [[chunk] for chunk in live]:
+            buffers = [self._store.read(chunk) for chunk in batch]
+            slices = [
+                (part, part.gradient(grads[part.piece.parameter]))
+                for chunk, buffer in zip(batch, buffers, strict=True)
+                for part in self._slices(chunk, buffer)
+                if part.piece.parameter in grads
+            ]
+            update(slices, found_inf)
+            for part, _ in slices:
+                if part.param is not part.weights:
+                    part.weights.copy_(part.param)
+            for chunk, buffer in zip(batch, buffers, strict=True):
+                self._store.write(chunk, buffer)
+        current.updated.update(grads)
+        current.finished.update((chunk.index, chunk) for chunk in live)
+
+    def _slices(self, chunk: Chunk, buffer: Tensor) -> list[Slice]:
+        """The slices of the chunk, kept where its buffer stays: making them costs a dozen calls a parameter."""
+        kept = self._kept.get(chunk.index)
+        if kept is not None and all(part.address == self._params[part.piece.parameter].data_ptr() for part in kept):
+            return kept
+        made = []
+        for piece, states in zip(chunk.pieces, chunk.views(buffer), strict=True):
+            i = piece.parameter
+            made.append(Slice.of(self._params[i], piece, states, self._counts.steps(i), self._keys[i]))
+        if self._store.resident and all(part.param is part.weights for part in made):
+            self._kept[chunk.index] = made
+        return made
 
     def _show_states(self) -> None:
         """Fill torch's ``self.state``: all states of a store in memory, the step count alone of another."""
@@ -263,7 +260,7 @@ class AdamW(torch.optim.Optimizer):
         if self._in_backward is not None:
             self._in_backward.remove()
         self.state.clear()
-        self._views.clear()
+        self._kept.clear()
         self._store.close()
 
     def state_dict(self) -> dict[str, Any]:

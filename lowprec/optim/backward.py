@@ -10,25 +10,27 @@ from lowprec.optim.layout import Chunk
 
 
 class UpdateInBackward:
-    """Calls ``update(chunks)`` from backward, for every chunk when the last of its gradients is there.
+    """Calls ``update(chunks, found_inf)`` from backward, for every chunk when the last of its gradients is there.
 
-    A gradient is freed when all chunks of its parameter are updated. ``norm_squared`` sums the squares of
-    the gradients that came: it is not finite from the first bad one on, and what comes after that must be skipped.
+    A gradient is freed when all chunks of its parameter are updated. ``found_inf`` (fp32, 0-dim, on the device) is the
+    one that the optimizer was given before this backward (``given()``), and 1 from the first gradient on that is not
+    finite: what comes after that must be skipped.
     """
 
     def __init__(
         self,
         params: Mapping[int, Tensor],
         chunks_of: Mapping[int, Sequence[Chunk]],
-        update: Callable[[Sequence[Chunk]], None],
+        update: Callable[[Sequence[Chunk], Tensor], None],
+        given: Callable[[], Tensor | None],
     ):
-        self._params, self._chunks_of, self._update = params, chunks_of, update
-        self._members: dict[int, set[int]] = {}
-        for i, chunks in chunks_of.items():
-            for chunk in chunks:
-                self._members.setdefault(chunk.index, set()).add(i)
+        self._params, self._chunks_of, self._update, self._given = params, chunks_of, update, given
+        self._members = {chunk.index: chunk.parameters for chunks in chunks_of.values() for chunk in chunks}
         device = next(iter(params.values())).device
-        self.norm_squared = torch.zeros((), device=device)
+        self.found_inf = torch.zeros((), device=device)
+        self._norms = torch.zeros(len(params), device=device)
+        self._norm_of = dict(zip(params, self._norms.unbind(), strict=True))
+        self._one = torch.ones((), device=device)
         self._missing: dict[int, int] = {}
         self._left: dict[int, int] = {}
         self.begin()
@@ -36,21 +38,40 @@ class UpdateInBackward:
             param.register_post_accumulate_grad_hook(lambda _, i=i: self._arrived(i)) for i, param in params.items()
         ]
 
+    @property
+    def norm(self) -> Tensor:
+        """The norm of the gradients that came, fp32, 0-dim."""
+        return torch.linalg.vector_norm(self._norms)
+
     def begin(self) -> None:
-        """Expect every gradient once more; the norm of the last ones stays until the first of them comes."""
+        """Expect every gradient once more; the norms of the last ones stay until the first of them comes."""
         self._is_first = True
         self._missing = {index: len(members) for index, members in self._members.items()}
         self._left = {i: len(chunks) for i, chunks in self._chunks_of.items()}
 
+    def _forget(self) -> None:
+        """Begin the norms and the flag of a backward."""
+        self._is_first = False
+        self._norms.zero_()
+        given = self._given()
+        if given is None:
+            self.found_inf.zero_()
+        else:
+            self.found_inf.copy_(given.reshape(()))
+
     @torch.no_grad()
     def _arrived(self, parameter: int) -> None:
-        grad = self._params[parameter].grad
+        grad, norm = self._params[parameter].grad, self._norm_of[parameter]
         assert grad is not None
         if self._is_first:
-            self._is_first = False
-            self.norm_squared = torch.zeros_like(self.norm_squared)
-        norm = torch.linalg.vector_norm(grad, dtype=torch.float32)
-        self.norm_squared = self.norm_squared + (norm * norm).to(self.norm_squared.device)
+            self._forget()
+        # Two launches a gradient: its norm into its place, and the flag, which is 1 where the norm is not finite. The
+        # second is GradScaler's own, which also multiplies what it looks at by a scale, here one.
+        if grad.device == norm.device:
+            torch.linalg.vector_norm(grad, dtype=torch.float32, out=norm)
+        else:
+            norm.copy_(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        torch._amp_foreach_non_finite_check_and_unscale_([norm], self.found_inf, self._one)
         for chunk in self._chunks_of[parameter]:
             self._missing[chunk.index] -= 1
             if self._missing[chunk.index] < 0:
@@ -59,7 +80,7 @@ class UpdateInBackward:
                     "once and cannot accumulate. Use train.gradient_accumulation_steps=1, or set train.max_grad_norm."
                 )
             if self._missing[chunk.index] == 0:
-                self._update([chunk])
+                self._update([chunk], self.found_inf)
                 for member in self._members[chunk.index]:
                     self._left[member] -= 1
                     if self._left[member] == 0:

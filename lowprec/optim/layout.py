@@ -7,6 +7,7 @@ read brings everything an update needs. A parameter may cover many chunks, and a
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 
 import torch
 from lowprec_kernels.adamw.reference import BLOCK
@@ -34,6 +35,11 @@ class Chunk:
     numel: int
     nbytes: int
     pieces: tuple[Piece, ...]
+
+    @cached_property
+    def parameters(self) -> tuple[int, ...]:
+        """The numbers of the parameters that have a piece here, each once."""
+        return tuple(dict.fromkeys(piece.parameter for piece in self.pieces))
 
     def views(self, buffer: Tensor) -> list[dict[str, Tensor]]:
         """The fields of every piece, as flat views of ``buffer`` (uint8, at least ``nbytes``, on any device)."""

@@ -9,120 +9,120 @@ fill a vector, differently (5,000 random elements cut at 1,001: 4 of them off by
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from functools import cached_property
 
 import lowprec_kernels.adamw.reference as reference
 import torch
 from torch import Tensor
+
+from lowprec.optim.layout import Piece
+from lowprec.optim.steps import Hyper, Steps
 
 # Elements that the decoding path converts at once: bounds its fp32 copies to 64 MiB. A multiple of BLOCK.
 SLICE = 1 << 22
 
 
 @dataclass(frozen=True)
-class Hyper:
-    """The settings of one parameter group for one step."""
-
-    lr: float | Tensor
-    beta1: float
-    beta2: float
-    eps: float
-    weight_decay: float
-    amsgrad: bool
-    maximize: bool
-
-    @classmethod
-    def of(cls, group: dict) -> "Hyper":
-        beta1, beta2 = group["betas"]
-        rest = {name: group[name] for name in ("lr", "eps", "weight_decay", "amsgrad", "maximize")}
-        return cls(beta1=beta1, beta2=beta2, **rest)
-
-
-@dataclass(frozen=True)
-class Steps:
-    """The step counts of one group's update: ``counts`` fp32 [parameters], already counting this step."""
-
-    counts: Tensor
-    hyper: Hyper
-
-    @cached_property
-    def corrections(self) -> tuple[Tensor, Tensor]:
-        """``1 - b1^t`` and ``sqrt(1 - b2^t)``, fp32 [parameters]; in fp64 first, where 1 - 0.999 keeps its digits."""
-        steps = self.counts.double()
-        first = 1 - torch.pow(self.hyper.beta1, steps)
-        second = (1 - torch.pow(self.hyper.beta2, steps)).sqrt()
-        return first.float(), second.float()
-
-
-@dataclass(frozen=True)
 class Slice:
-    """One slice of one parameter with its gradient and states, flat, on one device.
+    """One piece of a parameter with its states, on the device of its update: what stays from step to step.
 
-    ``index`` numbers the parameter in ``steps``, ``start`` is the slice's first element in it, ``key`` seeds its random
-    bits. ``param`` and ``states`` are updated in place.
+    ``weights`` is the piece of the parameter, ``param`` the same or a copy on the update's device. ``param`` and
+    ``states`` are updated in place. They are flat, but in the parameter's shape where fp32 AdamW updates all of it,
+    because torch wants the gradient, which then needs no view, in the same shape. ``key`` seeds the random bits.
+    ``address`` is the parameter's when the slice was made: code may give it other memory (``param.data = ...``).
     """
 
+    piece: Piece
+    weights: Tensor
     param: Tensor
-    grad: Tensor
     states: dict[str, Tensor]
     steps: Steps
-    index: int
-    start: int
     key: int
+    is_plain: bool
+    is_whole: bool
+    address: int
 
-    @property
-    def is_plain(self) -> bool:
-        return self.param.dtype == self.states["exp_avg"].dtype == torch.float32
-
-
-def update(slices: Sequence[Slice], found_inf: Tensor | None) -> None:
-    """Update the slices in place. Where ``found_inf`` (fp32, one element, or None) is not zero, nothing changes."""
-    plain: dict[tuple, list[Slice]] = {}
-    flags: dict[torch.device, Tensor | None] = {}
-    for piece in slices:
-        device = piece.param.device
-        if device not in flags:
-            flags[device] = None if found_inf is None else found_inf.to(device)
-        found_inf = flags[device]
-        if piece.is_plain:
-            plain.setdefault((id(piece.steps), device), []).append(piece)
-        elif piece.param.is_cuda:
-            # Imported where it runs: lowprec itself needs no Triton.
-            import lowprec_kernels.adamw.triton_kernel as triton_kernel
-
-            hyper = piece.steps.hyper
-            first, second = piece.steps.corrections
-            triton_kernel.run(
-                piece.param,
-                piece.grad,
-                piece.states,
-                step=piece.steps.counts[piece.index],
-                corrections=(first[piece.index], second[piece.index]),
-                lr=hyper.lr,
-                beta1=hyper.beta1,
-                beta2=hyper.beta2,
-                eps=hyper.eps,
-                weight_decay=hyper.weight_decay,
-                maximize=hyper.maximize,
-                start=piece.start,
-                key=piece.key,
-                found_inf=found_inf,
-            )
-            torch.autograd.graph.increment_version(piece.param)  # the kernel writes by a raw pointer
+    @classmethod
+    def of(cls, parameter: Tensor, piece: Piece, states: dict[str, Tensor], steps: Steps, key: int) -> "Slice":
+        weights = parameter.detach()
+        is_plain = weights.dtype == states["exp_avg"].dtype == torch.float32
+        is_whole = piece.stop - piece.start == weights.numel()
+        if is_plain and is_whole:
+            states = {name: array.view(weights.shape) for name, array in states.items()}
         else:
-            for start in range(0, piece.param.numel(), SLICE):
-                _update_decoded(piece, start, min(start + SLICE, piece.param.numel()), found_inf)
-    for (_, device), group in plain.items():
-        _fused(
-            group[0].steps.hyper,
-            [piece.param for piece in group],
-            [piece.grad.float() for piece in group],
-            [piece.states["exp_avg"] for piece in group],
-            [piece.states["exp_avg_sq"] for piece in group],
-            [piece.states["max_exp_avg_sq"] for piece in group if "max_exp_avg_sq" in piece.states],
-            [piece.steps.counts[piece.index] for piece in group],
-            flags[device],
+            weights = weights.view(-1)[piece.start : piece.stop]
+        param = weights.to(steps.device)
+        return cls(piece, weights, param, states, steps, key, is_plain, is_whole, parameter.data_ptr())
+
+    def gradient(self, grad: Tensor) -> Tensor:
+        """The slice's part of its parameter's gradient, on the update's device, contiguous."""
+        if self.is_whole and grad.is_contiguous() and grad.device == self.steps.device:
+            return grad
+        part = grad.contiguous()
+        part = part if self.is_whole else part.view(-1)[self.piece.start : self.piece.stop]
+        return part.to(self.steps.device)
+
+
+def update(slices: Sequence[tuple[Slice, Tensor]], found_inf: Tensor | None) -> None:
+    """Update slices with their gradients in place; where ``found_inf`` (fp32, one element) is not zero, nothing.
+
+    ``found_inf`` may be None. torch's fused AdamW takes it for set where it is one.
+    """
+    together: dict[Steps, list[tuple[Slice, Tensor]]] = {}
+    for each in slices:
+        together.setdefault(each[0].steps, []).append(each)
+    for steps, group in together.items():
+        flag = None if found_inf is None else found_inf.to(steps.device)
+        plain = [each for each in group if each[0].is_plain]
+        coded = group if not plain else [each for each in group if not each[0].is_plain]
+        if plain:
+            _update_plain(plain, steps, flag)
+        if coded and steps.device.type == "cuda":
+            _update_on_gpu(coded, steps, flag)
+        else:
+            for part, grad in coded:
+                for start in range(0, part.param.numel(), SLICE):
+                    stop = min(start + SLICE, part.param.numel())
+                    _update_decoded(part, grad.view(-1)[start:stop], start, stop, flag)
+
+
+def _update_plain(slices: list[tuple[Slice, Tensor]], steps: Steps, found_inf: Tensor | None) -> None:
+    _fused(
+        steps.hyper,
+        [part.param for part, _ in slices],
+        [grad if grad.dtype == torch.float32 else grad.float() for _, grad in slices],
+        [part.states["exp_avg"] for part, _ in slices],
+        [part.states["exp_avg_sq"] for part, _ in slices],
+        [part.states["max_exp_avg_sq"] for part, _ in slices if "max_exp_avg_sq" in part.states],
+        [steps.counts[part.piece.parameter] for part, _ in slices],
+        found_inf,
+    )
+
+
+def _update_on_gpu(slices: list[tuple[Slice, Tensor]], steps: Steps, found_inf: Tensor | None) -> None:
+    # Imported where it runs: lowprec itself needs no Triton.
+    from lowprec_kernels.adamw import triton_kernel
+
+    steps.correct()
+    hyper = steps.hyper
+    for part, grad in slices:
+        i = part.piece.parameter
+        triton_kernel.run(
+            part.param,
+            grad,
+            part.states,
+            step=steps.counts[i],
+            corrections=(steps.firsts[i], steps.seconds[i]),
+            lr=hyper.lr,
+            beta1=hyper.beta1,
+            beta2=hyper.beta2,
+            eps=hyper.eps,
+            weight_decay=hyper.weight_decay,
+            maximize=hyper.maximize,
+            start=part.piece.start,
+            key=part.key,
+            found_inf=found_inf,
         )
+    torch.autograd.graph.increment_version([part.param for part, _ in slices])  # the kernel writes by raw pointers
 
 
 def _fused(
@@ -154,21 +154,20 @@ def _fused(
     )
 
 
-def _update_decoded(piece: Slice, start: int, stop: int, found_inf: Tensor | None) -> None:
-    """Decode elements ``start .. stop`` of the slice to fp32, update them, encode them back."""
-    param = piece.param[start:stop]
+def _update_decoded(part: Slice, grad: Tensor, start: int, stop: int, found_inf: Tensor | None) -> None:
+    """Decode elements ``start .. stop`` of the slice to fp32, update them by ``grad``, encode them back."""
+    param = part.param[start:stop]
     states = {
-        name: array[start:stop] if array.numel() == piece.param.numel() else array[_block(start) : _block(stop)]
-        for name, array in piece.states.items()
+        name: array[start:stop] if array.numel() == part.param.numel() else array[_block(start) : _block(stop)]
+        for name, array in part.states.items()
     }
-    step = piece.steps.counts[piece.index]
+    step = part.steps.counts[part.piece.parameter]
     decoded = reference.decode(param, states)
     p, m, v = (x.clone() for x in decoded[:3])
     v_max = None if decoded[3] is None else decoded[3].clone()
-    grad = piece.grad[start:stop].float()
-    _fused(piece.steps.hyper, [p], [grad], [m], [v], [] if v_max is None else [v_max], [step], found_inf)
+    _fused(part.steps.hyper, [p], [grad.float()], [m], [v], [] if v_max is None else [v_max], [step], found_inf)
     dtypes = {"param": param.dtype} | {name: array.dtype for name, array in states.items()}
-    bits = reference.random_bits(piece.start + start, stop - start, piece.key, step)
+    bits = reference.random_bits(part.piece.start + start, stop - start, part.key, step)
     for name, value in reference.encode(p, m, v, v_max, dtypes, bits).items():
         target = param if name == "param" else states[name]
         target.copy_(value if found_inf is None else torch.where(found_inf.reshape(()) == 0, value, target))

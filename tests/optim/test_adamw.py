@@ -3,6 +3,7 @@
 import pytest
 import torch
 from lowprec_kernels.adamw.reference import join_master
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowprec.errors import UserError
 from lowprec.optim import AdamW
@@ -152,6 +153,64 @@ def test_update_in_backward_gives_the_gradient_norm_and_stops_at_a_bad_gradient(
     with pytest.raises(UserError, match="gradient_accumulation_steps=1"):
         backward(model, 1)
         backward(model, 2)
+
+
+def test_found_inf_stops_the_updates_of_the_next_backward():
+    model = make_model()
+    optimizer = AdamW(model.named_parameters(), lr=1e-2)
+    optimizer.update_in_backward()
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer.found_inf = torch.ones(1)
+    backward(model, 0)
+    optimizer.step()
+    assert same([p.detach() for p in model.parameters()], before) and torch.isfinite(optimizer.grad_norm)
+    optimizer.found_inf = torch.zeros(1)
+    assert same(train(model, optimizer, 3), run(3)[0])
+
+
+class Operations(TorchDispatchMode):
+    """Counts the operations that are dispatched, each of which would be a launch or a call of the host on a GPU."""
+
+    def __init__(self):
+        super().__init__()
+        self.count = 0
+
+    def __torch_dispatch__(self, function, types, args=(), kwargs=None):
+        self.count += 1
+        return function(*args, **kwargs or {})
+
+
+def test_a_step_costs_few_operations_however_many_parameters():
+    """A slow host bounds a step otherwise: in backward a norm, a flag and an update a parameter; after it, none."""
+
+    def operations(count, in_backward):
+        params = [torch.nn.Parameter(torch.ones(3, 4)) for _ in range(count)]
+        optimizer = AdamW(params)
+        optimizer.found_inf = torch.zeros(())
+        if in_backward:
+            optimizer.update_in_backward()
+        for _ in range(2):
+            loss = sum(p.sum() for p in params)
+            with Operations() as backward:
+                loss.backward()
+            with Operations() as step:
+                optimizer.step()
+            optimizer.zero_grad()
+        return backward.count, step.count
+
+    assert operations(50, False)[1] == operations(10, False)[1] < 15
+    (many, step), (few, same_step) = operations(50, True), operations(10, True)
+    plain = operations(50, False)[0] - operations(10, False)[0]
+    assert many - few - plain == 40 * 3 and step == same_step < 15
+
+
+def test_a_parameter_may_move_between_steps():
+    model = make_model()
+    optimizer = AdamW(model.named_parameters(), lr=1e-2)
+    train(model, optimizer, 3)
+    for param in model.parameters():
+        param.data = param.data.clone()
+    assert same(train(model, optimizer, 6, start=3), run(6)[0])
 
 
 def test_it_is_an_optimizer():

@@ -69,6 +69,35 @@ def test_the_gpu_store_never_waits_for_the_device():
 
 
 @pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
+def test_updating_in_backward_never_waits_for_the_device(state_dtype):
+    model = make_model(torch.bfloat16).cuda()
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, state_dtype=state_dtype)
+    optimizer.update_in_backward()
+    optimizer.found_inf = torch.zeros((), device="cuda")
+    x = torch.randn(8, 37, device="cuda", dtype=torch.bfloat16)
+    for step in range(4):
+        torch.cuda.set_sync_debug_mode("error" if step else "default")  # the first step makes states and kernels
+        try:
+            model(x).float().square().mean().backward()
+            optimizer.step()
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
+def test_update_in_backward_stops_at_a_bad_gradient(state_dtype):
+    model = make_model(torch.bfloat16).cuda()
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, state_dtype=state_dtype, master="none")
+    optimizer.update_in_backward()
+    before = train(model, optimizer, 3)
+    model(torch.full((1, 37), float("inf"), device="cuda", dtype=torch.bfloat16)).sum().backward()
+    optimizer.step()
+    after = [param.detach() for param in model.parameters()]
+    assert not torch.isfinite(optimizer.grad_norm) and same(after[:-1], before[:-1]) and torch.isfinite(after[-1]).all()
+    assert optimizer.state_dict()["state"][0]["step"] == 3
+
+
+@pytest.mark.parametrize("state_dtype", ["fp32", "int8"])
 def test_found_inf_skips_the_step_on_the_device(tmp_path, state_dtype):
     for store in [{}, *stores(tmp_path)]:
         model = make_model(torch.bfloat16).cuda()

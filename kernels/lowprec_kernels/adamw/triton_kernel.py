@@ -77,15 +77,19 @@ def _store_moment(ptr, scale_ptr, x, random16, offsets, mask, block, KIND: tl.co
         tl.store(ptr + offsets, x, mask=mask)
 
 
-@triton.jit(do_not_specialize=["start", "key", "count"])
+# Scalars of one parameter are entries of vectors: compiled once, wherever such an entry lies.
+_SCALARS = ["step_ptr", "correction1_ptr", "correction2_ptr", "found_inf_ptr", "lr"]
+
+
+@triton.jit(do_not_specialize=["start", "key", "count"], do_not_specialize_on_alignment=_SCALARS)
 def _adamw_kernel(
     param_ptr, grad_ptr, master_ptr, m_ptr, v_ptr, v_max_ptr, m_scale_ptr, v_scale_ptr, v_max_scale_ptr,
     step_ptr, correction1_ptr, correction2_ptr, found_inf_ptr, lr,
     beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, count, start, key,
     WEIGHT: tl.constexpr, MOMENTS: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr,
-    HAS_FOUND_INF: tl.constexpr, LR_IS_TENSOR: tl.constexpr, BLOCK_SIZE: tl.constexpr,
+    LR_IS_TENSOR: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
-    if HAS_FOUND_INF and tl.load(found_inf_ptr) != 0:
+    if found_inf_ptr is not None and tl.load(found_inf_ptr) != 0:
         return
     if LR_IS_TENSOR:
         lr = tl.load(lr).to(tl.float32)
@@ -176,18 +180,17 @@ def run(
         weight = WHOLE
     else:
         weight = ROUNDED if param.dtype == torch.bfloat16 else PLAIN
-    pick = [states.get(name, param) for name in (
-        "exp_avg", "exp_avg_sq", "max_exp_avg_sq", "exp_avg_scale", "exp_avg_sq_scale", "max_exp_avg_sq_scale",
-    )]  # fmt: skip
     # Rounded to fp32 once, as in torch.optim.AdamW: 1.4e-8 of 1 - 1e-5, which 100 steps make 1.4e-6 of the weight.
     decay = weight_decay if isinstance(lr, Tensor) else 1 - lr * weight_decay
     count = param.numel()
+    field = states.get  # a pointer that is None costs the host nothing: Triton asks CUDA about every other one
     _adamw_kernel[(triton.cdiv(count, BLOCK),)](
-        param, grad, states.get("residual", states.get("master", param)), *pick,
-        step, *corrections, param if found_inf is None else found_inf, lr,
+        param, grad, field("residual", field("master")), field("exp_avg"), field("exp_avg_sq"), field("max_exp_avg_sq"),
+        field("exp_avg_scale"), field("exp_avg_sq_scale"), field("max_exp_avg_sq_scale"),
+        step, *corrections, found_inf, lr,
         beta1, 1 - beta1, beta2, 1 - beta2, eps, decay, count, _signed(start), _signed(key),
         WEIGHT=weight, MOMENTS=moments, AMSGRAD="max_exp_avg_sq" in states, MAXIMIZE=maximize,
-        HAS_FOUND_INF=found_inf is not None, LR_IS_TENSOR=isinstance(lr, Tensor), BLOCK_SIZE=BLOCK, num_warps=NUM_WARPS,
+        LR_IS_TENSOR=isinstance(lr, Tensor), BLOCK_SIZE=BLOCK, num_warps=NUM_WARPS,
     )  # fmt: skip
 
 
