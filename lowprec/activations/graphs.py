@@ -225,8 +225,8 @@ class _Recorded:
 
         def forward() -> None:
             with torch.enable_grad(), autocast():
-                options = {"use_reentrant": False, "preserve_rng_state": False}
-                y = checkpoint(call, leaf, **options) if recompute else call(leaf)
+                again = partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
+                y = again(leaf) if recompute else call(leaf)
             if not isinstance(y, torch.Tensor) or y.shape != hidden.shape or y.dtype != hidden.dtype:
                 raise TypeError(f"{type(layer).__name__} gives something else than it is given")
             self._edge = get_gradient_edge(y)
@@ -316,7 +316,8 @@ def _random_offset(tensor: torch.Tensor) -> Any:
 
 def _tensors_of(arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]] | None:
     leaves, structure = tree_flatten(arguments)
-    tensors, kinds = [], []
+    tensors: list[torch.Tensor] = []
+    kinds: list[tuple] = []
     for leaf in leaves:
         if isinstance(leaf, Documents):
             rounded = leaf.rounded()

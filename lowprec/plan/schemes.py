@@ -62,7 +62,9 @@ class AutoWithoutData(Auto):
 
     machine: Any = None
 
-    def choose(self, model: nn.Module, linears: dict, calibration: Any, device: Any = None) -> dict:
+    def choose(
+        self, model: nn.Module, linears: dict, calibration: Any, device: Any = None, in_graphs: Any = None
+    ) -> dict:
         return {name: (self._fastest(*entry), "predicted to be the fastest") for name, entry in linears.items()}
 
     def _fastest(self, linear: nn.Linear, frozen: bool) -> EightBit | None:

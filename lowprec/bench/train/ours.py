@@ -49,8 +49,8 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     attend_without_masks(model, work.length)
     graphs = recipe.train.uses_graphs and why_no_graphs(model, policy[0], device) is None
     frozen = recipe.choice("adapter") != "none"
-    options = {"use_liger_kernel": recipe.train.use_liger_kernel, "in_graphs": graphs}
-    layers = wrap(model, recipe.weights, frozen=frozen, device=device, **options)
+    use_liger = recipe.train.use_liger_kernel
+    layers = wrap(model, recipe.weights, frozen=frozen, device=device, use_liger_kernel=use_liger, in_graphs=graphs)
     model = recipe.adapter.attach(model)
     activations = keep_activations(model, *policy, graphs=graphs)
     model.to(device).train()
