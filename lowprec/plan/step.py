@@ -14,7 +14,7 @@ from lowprec.config import Recipe
 from lowprec.layers.decode_buffer import release_decode_buffers
 from lowprec.machine import Machine
 from lowprec.optim.options import AdamWOptions
-from lowprec.plan.cuda_like import LikeCuda, no_data
+from lowprec.plan.cuda_like import LikeCuda
 from lowprec.plan.follow import Followed
 from lowprec.plan.model import build_model
 from lowprec.plan.operators import know_bitsandbytes, know_lowprec
@@ -22,6 +22,7 @@ from lowprec.plan.schemes import lend_once
 from lowprec.plan.states import Trained, states_of
 from lowprec.plan.tape import Tape
 from lowprec.plan.tracker import BACKWARD, FORWARD, UPDATE
+from lowprec.plan.without_data import no_data
 from lowprec.train.step import TrainStep
 
 
