@@ -91,7 +91,8 @@ class TracedRecipe:
         """The last micro-batch and the update of the second optimizer step (the first one makes the states).
 
         Args:
-            rows, length: of the micro-batch; no token is padding, and all of them are trained.
+            rows, length: of the micro-batch; no token is padding, and all of them are trained. With 0 rows no step is
+                taken, and the tape holds what is there before one.
         """
         for function in self._offloads:
             function.sent_bytes = 0
@@ -106,6 +107,8 @@ class TracedRecipe:
             release_decode_buffers()  # it has no data, and belongs to the whole process
 
     def _step(self, rows: int, length: int) -> None:
+        if not rows:
+            return
         recipe, options = self.recipe, self.recipe.train
         optimizer = _Optimizer(self._parameters, takes_flag=isinstance(recipe.optimizer, AdamWOptions))
         if updates_in_backward(recipe):
