@@ -1,8 +1,6 @@
 """``python -m lowprec``, which is what ``accelerate launch -m lowprec train ...`` runs."""
 
-import sys
-
-from lowprec.cli import main
+from lowprec.cli import run
 
 if __name__ == "__main__":
-    sys.exit(main())
+    run()

@@ -23,7 +23,8 @@ from lowprec.data.documents import Documents
 
 CAUSAL_SDPA = "lowprec_causal_sdpa"
 LONG_ROW = 4096
-_WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+WINDOWS = ("sliding_window", "attention_chunk_size", "window_size")
+"""Keys of configurations that bound how many tokens a token sees."""
 
 
 def attention(
@@ -125,7 +126,7 @@ def mask_note(model: PreTrainedModel, max_length: int) -> str | None:
     config = model.config
     if max_length <= LONG_ROW or config._attn_implementation not in ("sdpa", "eager"):
         return None
-    windows = [getattr(config, name, None) for name in _WINDOWS]
+    windows = [getattr(config, name, None) for name in WINDOWS]
     window = min((w for w in windows if isinstance(w, int)), default=None)
     remedy = f" Samples of up to {window} tokens, generated ones included, need none." if window else ""
     return (
@@ -155,7 +156,7 @@ def attend_without_masks(model: PreTrainedModel, longest: int | None = None) -> 
     slides = getattr(config, "sliding_window", None) is not None or "sliding_attention" in layer_types
     # Architectures that can use FlashAttention, which takes no masks either, tell each layer's attention its window.
     told = model._supports_flash_attn and isinstance(getattr(config, "sliding_window", None), int)
-    others = [getattr(config, name, None) for name in _WINDOWS if not (told and name == "sliding_window")]
+    others = [getattr(config, name, None) for name in WINDOWS if not (told and name == "sliding_window")]
     if slides and not told and not any(others):
         return False
     if any(others) or "chunked_attention" in layer_types:

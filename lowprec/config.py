@@ -99,10 +99,7 @@ def resolve(recipe: str, overrides: Sequence[str] = ()) -> tuple[Recipe, list[st
             )
     arguments, messages = override_rules.rename_aliases(parsed)
     with _config_folder(recipe) as (folder, name, search_path, yaml_messages):
-        choices = [a for a in arguments if "." not in a.partition("=")[0]]
-        config = _compose(folder, name, search_path, choices)
-        arguments = override_rules.check_keys(arguments, config)
-        config = _compose(folder, name, search_path, arguments)
+        config = _compose_checked(folder, name, search_path, arguments)
     if OmegaConf.is_missing(config, "name"):
         config.name = name
     return _check(_build(config)), yaml_messages + messages
@@ -144,6 +141,18 @@ def _refuse_shadowing(path: Path) -> None:
                 f"{path.parent / name} has the name of a file that lowprec ships, so it is unclear which one is meant. "
                 "Rename it."
             )
+
+
+def _compose_checked(folder: str, name: str, search_path: list[str], arguments: list[str]) -> DictConfig:
+    """The composed recipe. Keys that it does not have are told by what it has."""
+    try:
+        config = _compose(folder, name, search_path, arguments)
+        if override_rules.check_keys(arguments, config) == arguments:
+            return config
+    except UserError:  # the recipe with the group choices alone says which key is at fault
+        choices = [a for a in arguments if "." not in a.partition("=")[0]]
+        config = _compose(folder, name, search_path, choices)
+    return _compose(folder, name, search_path, override_rules.check_keys(arguments, config))
 
 
 def _compose(folder: str, name: str, search_path: list[str], overrides: list[str]) -> DictConfig:

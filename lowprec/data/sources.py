@@ -6,15 +6,16 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 from itertools import islice
 from pathlib import Path
-from typing import Any, Protocol
-
-import datasets
+from typing import TYPE_CHECKING, Any, Protocol
 
 from lowprec.data import python_docs
 from lowprec.data.options import Data
 from lowprec.data.readers import READERS, kind_of, read_file
 from lowprec.data.records import Record
 from lowprec.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets  # imported where it is called: it takes a third of a second, and plans read no data
 
 _SPLITS = {
     "train": "train",
@@ -43,7 +44,7 @@ class Source(Protocol):
         """A text that changes when a record does."""
         ...
 
-    def stream(self) -> datasets.IterableDataset:
+    def stream(self) -> "datasets.IterableDataset":
         """The records as an iterable data set of :class:`Record` fields, resumable by its ``state_dict``."""
         ...
 
@@ -66,7 +67,9 @@ class FileSource:
                 digests.append(f"{path.relative_to(self.root)}:{hashlib.file_digest(file, 'sha256').hexdigest()}")
         return "\n".join(digests)
 
-    def stream(self) -> datasets.IterableDataset:
+    def stream(self) -> "datasets.IterableDataset":
+        import datasets
+
         return datasets.IterableDataset.from_generator(
             _file_rows, gen_kwargs={"files": list(self.files), "root": self.root}
         )
@@ -90,7 +93,9 @@ class PythonDocs:
             digest.update(repr((record.fields, record.split_key)).encode())
         return digest.hexdigest()
 
-    def stream(self) -> datasets.IterableDataset:
+    def stream(self) -> "datasets.IterableDataset":
+        import datasets
+
         return datasets.IterableDataset.from_generator(_python_docs_rows)
 
 
@@ -108,7 +113,9 @@ class HubSource:
     def fingerprint(self) -> str:
         return f"{self.name}:{self.dataset._fingerprint}"
 
-    def stream(self) -> datasets.IterableDataset:
+    def stream(self) -> "datasets.IterableDataset":
+        import datasets
+
         dataset = self.dataset
         if isinstance(dataset, datasets.Dataset):
             dataset = dataset.to_iterable_dataset()
@@ -194,7 +201,9 @@ def _split_of(path: Path) -> str | None:
     return None
 
 
-def _load_saved(folder: Path, split: str, key: str) -> datasets.Dataset:
+def _load_saved(folder: Path, split: str, key: str) -> "datasets.Dataset":
+    import datasets
+
     try:
         saved = datasets.load_from_disk(str(folder))
     except (OSError, ValueError) as error:
@@ -207,6 +216,8 @@ def _load_saved(folder: Path, split: str, key: str) -> datasets.Dataset:
 
 
 def _load_from_hub(path: str, options: Data, key: str) -> Any:
+    import datasets
+
     try:
         return datasets.load_dataset(
             path, options.subset, split=options.split, revision=options.revision, streaming=options.streaming

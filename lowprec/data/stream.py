@@ -13,9 +13,8 @@ about a millisecond of one core, far less than training on it.
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import islice
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-import datasets
 import numpy as np
 
 from lowprec.data.ahead import ahead
@@ -27,6 +26,9 @@ from lowprec.data.rows import Item, PackedAttention
 from lowprec.data.samples import RowsInMemory, join, to_item
 from lowprec.data.sources import Source
 from lowprec.errors import UserError
+
+if TYPE_CHECKING:
+    import datasets
 
 
 @dataclass(kw_only=True, slots=True)
@@ -59,7 +61,7 @@ class Stream:
         """What it may be."""
         return self.data.max_length
 
-    def records(self) -> datasets.IterableDataset:
+    def records(self) -> "datasets.IterableDataset":
         """The records after the held-out ones."""
         records = self.source.stream()
         if self.data.max_samples is not None:

@@ -1,5 +1,5 @@
-"""Stand-ins for CUDA on a machine without it: tensors without data that are said to be on the processor, and the
-choices that PyTorch would make for a GPU where it makes others for a processor.
+"""Stand-ins for CUDA on a machine without it: the choices that PyTorch would make for a GPU where it makes others for a
+processor.
 
 Tensors without data cannot be on ``cuda`` in a build without CUDA (autograd asks the device's driver for a stream), so
 they are on ``cpu``. Operators are the same on both but for those that ``LikeCuda`` replaces.
@@ -8,7 +8,6 @@ they are on ``cpu``. Operators are the same on both but for those that ``LikeCud
 from typing import Any
 
 import torch
-from torch._subclasses.fake_tensor import FakeTensorConverter, FakeTensorMode
 from torch.autograd.graph import _engine_run_backward
 from torch.nn import functional as F
 from torch.overrides import TorchFunctionMode
@@ -17,20 +16,6 @@ aten = torch.ops.aten
 
 FLASH_CAPABILITY = (8, 0)
 FLASH_HEAD = 256
-
-
-class _Forgetful(FakeTensorConverter):
-    """Keeps no weak references to what it makes: ``Module.to`` refuses to swap a parameter that has one."""
-
-    def set_tensor_memo(self, t: torch.Tensor, v: Any) -> None:
-        pass
-
-
-def no_data() -> FakeTensorMode:
-    """The mode under which tensors have shapes, dtypes and storages, and no data."""
-    mode = FakeTensorMode(allow_non_fake_inputs=True)  # tables of codes that libraries keep as they are
-    mode.fake_tensor_converter = _Forgetful()
-    return mode
 
 
 class LikeCuda(TorchFunctionMode):

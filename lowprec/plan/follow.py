@@ -4,7 +4,6 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from lowprec.plan.tape import Tape
@@ -136,9 +135,6 @@ def all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         for part in (state, getattr(state, "state2", None)):
-            found += [(f"{name}.{key}", v) for key, v in vars(part or torch).items() if _belongs(part, v)]
+            if part is not None:
+                found += [(f"{name}.{key}", value) for key, value in vars(part).items() if isinstance(value, Tensor)]
     return found
-
-
-def _belongs(part: object, value: object) -> bool:
-    return part is not None and isinstance(value, Tensor)

@@ -1,9 +1,10 @@
 """From the events of a step to what its peak is made of."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lowprec.plan.allocator import rounded
-from lowprec.plan.tape import KINDS, Stretched, Tape
+from lowprec.plan.tape import KINDS
 
 
 @dataclass(frozen=True, slots=True)
@@ -17,13 +18,13 @@ class Peak:
     """The most in each phase."""
 
 
-def peak_of(tape: Tape | Stretched) -> Peak:
-    """As ``torch.cuda.max_memory_allocated`` would count it, which rounds every block to 512 bytes."""
+def peak_of(events: Iterable[tuple[str, bool, object, int, str]]) -> Peak:
+    """Of a tape's events, as ``torch.cuda.max_memory_allocated`` counts: in blocks of 512 bytes."""
     alive = dict.fromkeys(KINDS, 0)
     total = highest = 0
     at, parts = "", dict(alive)
     by_phase: dict[str, int] = {}
-    for phase, comes, _, nbytes, kind in tape.events():
+    for phase, comes, _, nbytes, kind in events:
         size = rounded(nbytes)
         if comes:
             alive[kind] += size

@@ -7,6 +7,7 @@ from typing import Any
 
 import psutil
 
+from lowprec.attention import WINDOWS
 from lowprec.config import Recipe
 from lowprec.errors import UserError
 from lowprec.machine import Machine, named_card
@@ -114,11 +115,26 @@ class Planner:
         """
         rows = rows or recipe.train.per_device_train_batch_size
         length = length or recipe.data.max_length
-        recipe = self._settled(recipe)
+        recipe = self._settled(replace(recipe, data=replace(recipe.data, max_length=length)))
+        return self._predict(recipe, self._found(recipe, rows, length), rows, length)
+
+    def at_rest(self, recipe: Recipe) -> int:
+        """Bytes that the process holds before the first token at least: weights, states and context. No step is traced.
+
+        Raises:
+            UserError: as ``predict``.
+        """
+        return self._found(self._settled(recipe), 0, 0).peak.allocated + self._context
+
+    @property
+    def _context(self) -> int:
+        return int(self._card.context_mib * 2**20)
+
+    def _found(self, recipe: Recipe, rows: int, length: int) -> "_Traced":
         key = self.key(recipe)
         if (key, rows, length) not in self._tapes:
             self._tapes[key, rows, length] = self._trace(recipe, key, rows, length)
-        return self._predict(recipe, self._tapes[key, rows, length], rows, length)
+        return self._tapes[key, rows, length]
 
     def _settled(self, recipe: Recipe) -> Recipe:
         if recipe.model.dtype != AUTO:
@@ -135,7 +151,10 @@ class Planner:
         optimizer = replace(recipe.optimizer, learning_rate=1.0, warmup_ratio=0.0)
         recipe = self._settled(recipe)
         groups = recipe.model, recipe.weights, recipe.wrap, recipe.adapter, recipe.state_store
-        return repr((*groups, optimizer, train))
+        # Windows shorter than the samples decide what attention computes.
+        text, longest = self.config.get_text_config(), recipe.data.max_length + recipe.train.sample_max_new_tokens
+        windows = [window for name in WINDOWS if isinstance(window := getattr(text, name, None), int)]
+        return repr((*groups, optimizer, train, [window < longest for window in windows]))
 
     def _trace(self, recipe: Recipe, key: str, rows: int, length: int) -> "_Traced":
         few = has_like_layers(self.config) and self._depth > TEMPLATE_LAYERS and key not in self._whole
@@ -149,7 +168,8 @@ class Planner:
                 tape = tape.stretched(self._depth)  # type: ignore[union-attr]
             # lowprec switches expandable segments on, which PyTorch has on Linux alone.
             allocator = CachingAllocator(expandable=sys.platform == "linux")
-            return _Traced(traced, tape, peak_of(tape), allocator.replay(tape.events()), traced.offloaded_bytes)
+            events = list(tape.events())
+            return _Traced(traced, tape, peak_of(events), allocator.replay(events), traced.offloaded_bytes)
         except NotUniformError:
             self._whole.add(key)
             del self._traced[key]
@@ -181,7 +201,7 @@ class Planner:
             length=length,
             peak=found.peak,
             reserved=found.reserved,
-            context=int(self._card.context_mib * 2**20),
+            context=self._context,
             ram=_ram(recipe, traced.loaded_parameters(self._depth), states),
             disk=_disk(recipe, trained, states),
             states=states,

@@ -1,12 +1,14 @@
 """What fits: the largest batch, which key to change first, and the nearest shipped recipe."""
 
-from collections.abc import Callable
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
+
+from omegaconf import OmegaConf
 
 from lowprec.config import Recipe, resolve
 from lowprec.errors import UserError
-from lowprec.plan.predict import GIB, Planner, Prediction
+from lowprec.plan.predict import GIB, Planner
 from lowprec.recipes import shipped_recipes
 
 LENGTH_STEP = 64
@@ -31,9 +33,8 @@ def largest(planner: Planner, recipe: Recipe, limit: float) -> tuple[int, int] |
     """(rows, length) of the largest micro-batch within ``limit`` bytes: the most rows of ``data.max_length``, or where
     one does not fit, the longest one. None where nothing does."""
     length, rows = recipe.data.max_length, recipe.train.per_device_train_batch_size
-    now = planner.predict(recipe)
-    if now.peak.by_phase["model"] + now.context > limit:
-        return None  # what is there before the first token is too much already
+    if planner.at_rest(recipe) > limit:
+        return None
     believed = max(TRACED_LOGITS // (length * planner.vocab_size), 2 * rows)
     found = last_that_fits(lambda count: planner.predict(recipe, count, length).total, limit, rows, MOST_ROWS, believed)
     if found:
@@ -82,8 +83,7 @@ def advice(planner: Planner, name: str, overrides: list[str], recipe: Recipe, li
     for key, value, also in _changes(recipe):
         added = [f"{key}={value}", *([also] if also else [])]
         try:
-            changed, _ = resolve(name, _replaced(overrides, added))
-            need = planner.predict(changed).total
+            need = planner.predict(_changed(name, overrides, recipe, added)).total
         except UserError:  # a change that this recipe or model does not take
             continue
         if need < now:
@@ -125,6 +125,21 @@ def _changes(recipe: Recipe) -> list[tuple[str, Any, str]]:
     return found
 
 
+def _changed(name: str, overrides: list[str], recipe: Recipe, added: list[str]) -> Recipe:
+    """The recipe with other keys. Where no other option is chosen it need not be composed again, which takes a tenth of
+    a second."""
+    if all("." in item.partition("=")[0] for item in added):
+        return _with_keys(recipe, added)
+    policy = f"train.gradient_checkpointing={recipe.train.gradient_checkpointing}"  # as it was settled
+    return resolve(name, _replaced(_replaced(overrides, [policy]), added))[0]
+
+
+def _with_keys(recipe: Recipe, added: Sequence[str]) -> Recipe:
+    """``group.key=value`` put in place; the options check their values as they always do."""
+    groups: Any = OmegaConf.to_container(OmegaConf.from_dotlist(list(added)))
+    return replace(recipe, **{group: replace(getattr(recipe, group), **keys) for group, keys in groups.items()})
+
+
 def _replaced(overrides: list[str], added: list[str]) -> list[str]:
     keys = {item.partition("=")[0] for item in added}
     return [item for item in overrides if item.partition("=")[0] not in keys] + added
@@ -156,28 +171,35 @@ def nearest_recipe(planner: Planner, name: str, overrides: list[str], recipe: Re
     )
     kept = [item for item in overrides if item.partition(".")[0] in ("model", "data", "train") or item[:6] == "model="]
     kept = _replaced(kept, _same_batch(recipe))
-    hopeless: set[str] = set()
+    others = []
+    for shipped in shipped_recipes():
+        try:
+            others.append((shipped, resolve(shipped, kept)[0]))
+        except UserError:  # a recipe that these data or this model do not suit
+            continue
+    others.sort(key=lambda entry: _differences(entry[1], recipe))
     for also in dict.fromkeys([(), one_row, (*one_row, "train.gradient_checkpointing=offload")]):
-        candidates: dict[str, tuple[int, int, str]] = {}
-        for shipped in shipped_recipes():
-            if shipped in hopeless or (shipped == name and not also):
-                continue
+        known = {planner.key(recipe)}
+        candidates: list[tuple[int, int, str]] = []
+        for shipped, plain in others:
+            other, different = _with_keys(plain, also), _differences(plain, recipe)
+            if (shipped == name and not also) or planner.key(other) in known:
+                continue  # another name for the same
+            if candidates and different > candidates[0][0]:
+                break
+            known.add(planner.key(other))
             try:
-                other, _ = resolve(shipped, _replaced(kept, list(also)))
-                key = planner.key(other)
-                if key in candidates or key == planner.key(recipe):
-                    continue  # another name for the same
-                found: Prediction = planner.predict(other)
+                if planner.at_rest(other) <= limit and (total := planner.predict(other).total) <= limit:
+                    candidates.append((different, -total, shipped))
             except UserError:
                 continue
-            if found.peak.by_phase["model"] + found.context > limit:
-                hopeless.add(shipped)
-            elif found.total <= limit:
-                different = sum(other.choice(group) != recipe.choice(group) for group in GROUPS)
-                candidates[key] = different, -found.total, shipped
         if candidates:
-            return Nearest(min(candidates.values())[2], also)
+            return Nearest(min(candidates)[2], also)
     return None
+
+
+def _differences(recipe: Recipe, other: Recipe) -> int:
+    return sum(recipe.choice(group) != other.choice(group) for group in GROUPS)
 
 
 def _same_batch(recipe: Recipe) -> list[str]:

@@ -14,7 +14,7 @@ from lowprec.config import Recipe
 from lowprec.layers.decode_buffer import release_decode_buffers
 from lowprec.machine import Machine
 from lowprec.optim.options import AdamWOptions
-from lowprec.plan.cuda_like import LikeCuda, no_data
+from lowprec.plan.cuda_like import LikeCuda
 from lowprec.plan.follow import Followed
 from lowprec.plan.model import build_model
 from lowprec.plan.operators import know_bitsandbytes, know_lowprec
@@ -22,6 +22,7 @@ from lowprec.plan.schemes import lend_once
 from lowprec.plan.states import Trained, states_of
 from lowprec.plan.tape import Tape
 from lowprec.plan.tracker import BACKWARD, FORWARD, UPDATE
+from lowprec.plan.without_data import no_data
 from lowprec.train.step import TrainStep
 
 
@@ -90,7 +91,8 @@ class TracedRecipe:
         """The last micro-batch and the update of the second optimizer step (the first one makes the states).
 
         Args:
-            rows, length: of the micro-batch; no token is padding, and all of them are trained.
+            rows, length: of the micro-batch; no token is padding, and all of them are trained. With 0 rows no step is
+                taken, and the tape holds what is there before one.
         """
         for function in self._offloads:
             function.sent_bytes = 0
@@ -105,6 +107,8 @@ class TracedRecipe:
             release_decode_buffers()  # it has no data, and belongs to the whole process
 
     def _step(self, rows: int, length: int) -> None:
+        if not rows:
+            return
         recipe, options = self.recipe, self.recipe.train
         optimizer = _Optimizer(self._parameters, takes_flag=isinstance(recipe.optimizer, AdamWOptions))
         if updates_in_backward(recipe):

@@ -8,10 +8,11 @@ import torch
 from torch import nn
 from transformers import AutoModelForCausalLM
 
-from lowprec.plan.cuda_like import LikeCuda, no_data
+from lowprec.plan.cuda_like import LikeCuda
 from lowprec.plan.follow import Followed
 from lowprec.plan.tape import Tape
 from lowprec.plan.tracker import BACKWARD, FORWARD, UPDATE
+from lowprec.plan.without_data import no_data
 
 
 def traced(

@@ -219,3 +219,15 @@ def test_states_on_a_disk_are_as_large_as_its_files(tmp_path):
     assert sum(file.stat().st_size for file in tmp_path.glob("*.bin")) == states.disk
     assert optimizer._store.traffic.bytes_written == states.step_written
     optimizer.close()
+
+
+def test_windows_shorter_than_the_samples_make_another_trace(folder):
+    config = tiny_model("llama", num_hidden_layers=7).config
+    config.sliding_window = 256
+    planner = Planner(config, named_card("RTX 4060"))
+
+    def key(length):
+        keys = [f"model.model_name_or_path={folder}", "data.path=x", f"data.max_length={length}"]
+        return planner.key(resolve("lora", keys)[0])
+
+    assert key(64) == key(128) != key(512) == key(1024)

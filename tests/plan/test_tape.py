@@ -36,7 +36,7 @@ def test_a_stretched_trace_is_the_trace_of_the_deep_model(name):
     few = TracedRecipe(recipe, with_layers(config, TEMPLATE_LAYERS), card).trace(2, 32)
     stretched = few.stretched(DEPTH)
     deep = TracedRecipe(recipe, with_layers(config, DEPTH), card).trace(2, 32)
-    found, expected = peak_of(stretched), peak_of(deep)
+    found, expected = peak_of(stretched.events()), peak_of(deep.events())
     assert (found.allocated, found.parts, found.phase) == (expected.allocated, expected.parts, expected.phase)
     for phase in ("forward", "loss", "backward"):
         assert found.by_phase[phase] == expected.by_phase[phase]
@@ -60,4 +60,4 @@ def test_layers_that_differ_are_noticed():
     goes.events.remove(2 * number + 1)
     next(run for run in tape.runs if run.phase == "backward" and run.layer == 4).events.append(2 * number + 1)
     with pytest.raises(NotUniformError):
-        peak_of(tape.stretched(DEPTH))
+        peak_of(tape.stretched(DEPTH).events())

@@ -34,8 +34,8 @@ def test_a_trace_is_the_real_step(arch, prepare):
         if hasattr(config, name):
             setattr(config, name, 0.0)
     trace, real = (traced(config, 2, 24, prepare=prepare, real=real) for real in (False, True))
-    assert peak_of(trace).by_phase == peak_of(real).by_phase
-    assert peak_of(trace) == peak_of(real)
+    assert peak_of(trace.events()).by_phase == peak_of(real.events()).by_phase
+    assert peak_of(trace.events()) == peak_of(real.events())
     assert steps(trace) == steps(real)
     products = [run.products for run in trace.runs]
     assert products == [run.products for run in real.runs]
