@@ -35,6 +35,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowprec.activations.places import GradientPlace, Place
 from lowprec.data.documents import Documents
+from lowprec.layers.decode_buffer import release_decode_buffers
 
 SEEN_BEFORE = 2
 """Ordinary calls for a shape before it is recorded: kernels are compiled and tuned in them."""
@@ -53,6 +54,7 @@ class Recorder:
     def prepare(self) -> None:
         """Give back what ordinary calls left in the allocator: graphs cannot use it."""
         torch.cuda.synchronize()
+        release_decode_buffers()
         torch.cuda.empty_cache()
 
     def record(self, function: Callable[[], None]) -> Replay:
@@ -104,7 +106,9 @@ class LayerGraphs:
         return self._last[1:]
 
     def place(self, key: Any, hidden: torch.Tensor, arguments: Any, tensors: tuple) -> Place | None:
-        """The fixed places of a shape, made now if they were not there; None where there are enough shapes."""
+        """The fixed places of a shape, made now if they were not there; None where there are enough shapes. Whether the
+        input needs a gradient, the first layer's does not, makes no difference to them."""
+        key = key[:2] + key[3:]
         if key not in self.places:
             if len(self.places) == MOST_SHAPES:
                 return None

@@ -85,7 +85,8 @@ def _with_kernel(kind: Any, in_place: bool) -> FunctionType:
     own = plain.__globals__[NAME]
 
     def rope(q: Any, k: Any, cos: Any, sin: Any, *rest: Any, **named: Any) -> Any:
-        if rest or named or not runs_on(q) or cos.shape[-1] != q.shape[-1]:
+        # Dynamo cannot look into Liger's function, and fuses the plain one itself.
+        if rest or named or not runs_on(q) or cos.shape[-1] != q.shape[-1] or torch.compiler.is_compiling():
             return own(q, k, cos, sin, *rest, **named)
         if not in_place:
             q, k = q.clone(), k.clone()

@@ -33,7 +33,7 @@ class Train:
     ``full``, ``false`` is ``none``."""
     use_liger_kernel: bool = True
     """Liger's kernels for norms, gated MLPs and rotary embeddings of this run's model, where the device runs them."""
-    cuda_graphs: bool = False
+    cuda_graphs: bool = True
     """Replay decoder layers as CUDA graphs, where the host is slower than the device. A shape of batch that comes for
     the third time is recorded, up to four shapes; the report says what was not, and why."""
     torch_compile: bool = False

@@ -64,16 +64,32 @@ def test_a_step_never_waits_for_the_device(recipe, extra, arguments, tmp_path):
     assert folder is not None
     built = Run(resolved, folder, accelerator, Console(quiet=True), StopRequest())
     built.build()
-    batches = [batch for batch, _ in zip(built.loader, range(6), strict=False)]
-    for batch in batches[:3]:
+    batch = next(iter(built.loader))
+    for _ in range(4):  # kernels are compiled, then layers recorded
         built.step(batch, stop=False).read()
     torch.cuda.synchronize()
     torch.cuda.set_sync_debug_mode("error")
     try:
-        scalars = [built.step(batch, stop=False) for batch in batches[3:]]
+        scalars = [built.step(batch, stop=False) for _ in range(3)]
     finally:
         torch.cuda.set_sync_debug_mode("default")
     assert not any(bad for _, _, bad, _ in (s.read() for s in scalars))
+    graphs = built.activations.graphs
+    assert graphs is None or (graphs.recorded and not graphs.reason)
+
+
+@pytest.mark.parametrize("policy", ["none", "full", "offload"])
+@pytest.mark.parametrize("recipe", ["full", "lora", "qlora_nf4"])
+@pytest.mark.parametrize("packing", ["false", "true"])
+def test_layers_from_graphs_keep_the_losses(recipe, policy, packing, arguments, tmp_path):
+    fixed = ("model.dtype=bf16", f"train.gradient_checkpointing={policy}", f"data.packing={packing}")
+    for name in ("true", "false"):
+        run(recipe, arguments(*fixed, f"train.cuda_graphs={name}", "train.max_steps=12", output=name))
+    mine, plain = ([r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("true", "false"))
+    assert mine == pytest.approx(plain, rel=1e-3)
+    graphs = read_report(tmp_path / "true")["activations"]["cuda_graphs"]
+    assert "why_not" not in graphs and "cuda_graphs" not in read_report(tmp_path / "false")["activations"]
+    assert packing == "false" or graphs["graphs"] > 0  # rows padded to their longest differ in shape
 
 
 def test_running_out_of_memory_says_what_held_it_and_what_to_change(arguments, tmp_path):
