@@ -80,7 +80,9 @@ def decode_nf4(
     if out.numel() == 0:
         return
     # Rotated, a program makes the signs for its tile alone: the tile is made tall, so that they are the smaller part.
-    tall, wide = tile or ((64, 64) if transposed else (128, 64) if in_block > 1 else (16, 256))
+    tall, wide = tile or (
+        (64, 128 if out.numel() > 2**25 else 64) if transposed else (128, 64) if in_block > 1 else (16, 256)
+    )
     tall, wide = max(tall, row_block), in_block if in_block > 1 else wide
     unit = min(wide, weight.block_size, dim & -dim)  # the largest power of two that divides a row
     nested = weight.absmax_levels is not None
