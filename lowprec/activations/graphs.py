@@ -13,7 +13,7 @@ layer's graph holds what backward needs, and its result is the next one's input 
 
 A shape is recorded when it comes for the third time, up to ``MOST_SHAPES`` of them; whatever else comes takes the
 ordinary path, with the same numbers. So does a layer that is watched (hooks, modes that see every operation), that
-draws random numbers, or whose parameters were moved.
+draws random numbers, or whose parameters were moved; and packed rows, since the number of their samples differs.
 """
 
 import copy
@@ -34,7 +34,6 @@ from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
 from lowprec.activations.places import GradientPlace, Place
-from lowprec.data.documents import Documents
 from lowprec.layers.decode_buffer import release_decode_buffers
 
 SEEN_BEFORE = 2
@@ -323,11 +322,7 @@ def _tensors_of(arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]] | None:
     tensors: list[torch.Tensor] = []
     kinds: list[tuple] = []
     for leaf in leaves:
-        if isinstance(leaf, Documents):
-            rounded = leaf.rounded()
-            tensors.append(rounded.borders)
-            kinds.append((Documents, len(rounded.borders), rounded.longest))
-        elif isinstance(leaf, torch.Tensor) and not leaf.requires_grad:
+        if isinstance(leaf, torch.Tensor) and not leaf.requires_grad:
             tensors.append(leaf)
             kinds.append((torch.Tensor, leaf.shape, leaf.dtype, leaf.device))
         elif leaf is None or isinstance(leaf, bool | int | float | str):
@@ -341,10 +336,4 @@ def _with_tensors(arguments: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
     """``arguments`` with others in the places of its tensors, in the order of ``_tensors_of``."""
     leaves, structure = tree_flatten(arguments)
     others = iter(tensors)
-
-    def other(leaf: Any) -> Any:
-        if isinstance(leaf, Documents):
-            return Documents((), next(others), leaf.rounded().longest)
-        return next(others) if isinstance(leaf, torch.Tensor) else leaf
-
-    return tree_unflatten([other(leaf) for leaf in leaves], structure)
+    return tree_unflatten([next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure)

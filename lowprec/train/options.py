@@ -33,9 +33,10 @@ class Train:
     ``full``, ``false`` is ``none``."""
     use_liger_kernel: bool = True
     """Liger's kernels for norms, gated MLPs and rotary embeddings of this run's model, where the device runs them."""
-    cuda_graphs: bool = True
-    """Replay decoder layers as CUDA graphs, where the host is slower than the device. A shape of batch that comes for
-    the third time is recorded, up to four shapes; the report says what was not, and why."""
+    cuda_graphs: bool = False
+    """Replay decoder layers as CUDA graphs, where the host is slower than the device and batches are of few shapes. A
+    shape that comes for the third time is recorded, up to four; their memory stays taken, and ``lowprec plan`` does not
+    count it yet. The report says what was not recorded, and why."""
     torch_compile: bool = False
     """Compile the decoder layers, with ``gradient_checkpointing`` none or full."""
     max_grad_norm: float | None = 1.0

@@ -202,16 +202,16 @@ def test_a_copy_of_the_model_begins_without_graphs(monkeypatch):
     same(train(again, 2), train(model, 2))
 
 
-def test_packed_rows(monkeypatch):
-    """Borders are padded with empty samples to few shapes."""
+def test_packed_rows_take_the_ordinary_path(monkeypatch):
     from lowprec.data.documents import Documents
 
-    documents = Documents.of([5, 7, 12]).rounded()
-    assert documents.borders.tolist() == [0, 5, 12, 24, 24, 24, 24, 24, 24] and documents.longest == 16
     model = tiny_model("llama")
     assert attend_without_masks(model)
-    with pytest.raises(ValueError, match="FlashAttention"):
-        model(**batch(0, 2, 12), documents=documents)
+    activations, recorder = graphed(model, "full", monkeypatch)
+    positions = torch.tensor([[*range(5), *range(7)], [*range(12)]])
+    packed = {"documents": Documents.of([5, 7, 12]), "position_ids": positions}
+    train(model, 5, batches=lambda step: batch(step, 2, 12) | packed)
+    assert not recorder.replays and not activations.graphs.reason
 
 
 def test_why_not():

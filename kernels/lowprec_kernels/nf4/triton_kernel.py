@@ -80,9 +80,10 @@ def decode_nf4(
     if out.numel() == 0:
         return
     # Rotated, a program makes the signs for its tile alone: the tile is made tall, so that they are the smaller part.
-    tall, wide = tile or (
-        (64, 128 if out.numel() > 2**25 else 64) if transposed else (128, 64) if in_block > 1 else (16, 256)
-    )
+    # Transposed to int8, 14336 x 4096 on an H100: 0.088 ms in tiles of 64 x 128, 0.109 of 64 x 64; 4096 x 4096: 0.046
+    # and 0.036.
+    transposed_tile = (64, 128 if out.numel() > 2**25 else 64)
+    tall, wide = tile or (transposed_tile if transposed else (128, 64) if in_block > 1 else (16, 256))
     tall, wide = max(tall, row_block), in_block if in_block > 1 else wide
     unit = min(wide, weight.block_size, dim & -dim)  # the largest power of two that divides a row
     nested = weight.absmax_levels is not None
