@@ -25,7 +25,7 @@ TINY = LLAMA_8B | {
     "hidden_size": 64, "num_hidden_layers": 2, "intermediate_size": 128, "num_attention_heads": 4,
     "num_key_value_heads": 2, "vocab_size": 272, "max_position_embeddings": 256,
 }  # fmt: skip
-GRAPHS = "train.cuda_graphs=true"
+GRAPHS, NO_GRAPHS = "train.cuda_graphs=true", "train.cuda_graphs=false"
 QLORA_PEERS = ("transformers", "transformers+liger", "unsloth")
 
 
@@ -96,6 +96,7 @@ def all_works() -> dict[str, Work]:
     # Layer inputs on the host, as unsloth has them. Its optimizer's states are int8; fp32 ones of adapters take 0.25 GB
     # more, and one kernel updates all of them, where 448 would have to be launched.
     lean = ("train.gradient_checkpointing=offload",)
+    # Graphs hold memory of their own: where the least is asked for, layers are launched kernel by kernel.
     leaner = (*lean, "optimizer.state_dtype=int8", "train.max_grad_norm=null")  # and no gradient outlives its update
     least = (*leaner, "state_store=cpu")
     works = [
@@ -110,13 +111,13 @@ def all_works() -> dict[str, Work]:
               target="1.35x transformers+liger in no more memory"),
         _qlora("qlora_8b_1x2048", LLAMA_8B, 1, 2048, *lean, target="what the capped run is compared with"),
         _qlora("qlora_8b_capped@8GiB", LLAMA_8B, 1, 2048, *lean, cap_gib=8.0, target="0.9x of the uncapped speed"),
-        *(_qlora(f"qlora_8b_capped@{cap:g}GiB", LLAMA_8B, 1, 2048, *options, cap_gib=cap, **short,
+        *(_qlora(f"qlora_8b_capped@{cap:g}GiB", LLAMA_8B, 1, 2048, *options, NO_GRAPHS, cap_gib=cap, **short,
                  target="the smallest cap that runs is at most 6 GiB")
           for cap, options in ((7.0, lean), (6.5, leaner), (6.0, least), (5.75, least))),
         *(_full(f"full_1.5b_8gib_{store}", QWEN_1_5B, 1, 1024, "train.gradient_checkpointing=full",
-                "optimizer.master=split", f"state_store={store}", cap_gib=8.0, warmup=2, timed=5,
+                "optimizer.master=split", f"state_store={store}", NO_GRAPHS, cap_gib=8.0, warmup=2, timed=5,
                 target="runs, with its step time") for store in ("cpu", "ssd")),
-        *(_qlora(f"longest_8b@{length}", LLAMA_8B, 1, length, *lean, cap_gib=24.0, **short,
+        *(_qlora(f"longest_8b@{length}", LLAMA_8B, 1, length, *lean, NO_GRAPHS, cap_gib=24.0, **short,
                  target="at least 32768 tokens")
           for length in (16384, 32768, 40960, 49152, 65536, 98304)),
         *(_qlora(f"grid_{name}_{length}", shape, 1, length, peers=("transformers",), warmup=5, timed=10,
