@@ -177,7 +177,7 @@ def test_auto_keeps_16_bits_where_8_do_not_pay_and_remembers(tmp_path, monkeypat
     seconds = {"bf16": 3.0, "TrainedEightBitLinear": 1.0}
     timed = []
 
-    def pretend(layer, tokens, frozen):
+    def pretend(layer, tokens, frozen, in_graphs):
         timed.append(type(layer).__name__)
         return seconds.get(type(layer).__name__, seconds["bf16"]) + 0.01 * len(timed)
 

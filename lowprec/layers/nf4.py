@@ -132,7 +132,7 @@ class NF4:
         return replace(self, product=product)
 
     def _verdict(
-        self, linear: nn.Linear, sample: tuple[torch.Tensor, torch.Tensor] | None, in_graphs: bool
+        self, linear: nn.Linear, sample: tuple[torch.Tensor, torch.Tensor] | None, in_graphs: bool = False
     ) -> tuple["NF4", str]:
         """The fastest product within the bound on noise for a layer that is on its device."""
         if self._with("bf16").why_not(linear, True) is not None:

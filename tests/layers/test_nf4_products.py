@@ -175,7 +175,7 @@ def test_auto_without_a_gpu_is_16_bits_and_a_gpu_is_asked(monkeypatch, tmp_path)
     ms = {"bf16": 3.0, "fp8": 1.0, "int8": 2.0}
     asked = []
 
-    def pretend(layer, tokens, frozen):
+    def pretend(layer, tokens, frozen, in_graphs):
         name = "bf16" if layer.plan is None else "int8" if layer.plan.dtype == torch.int8 else "fp8"
         asked.append(name)
         return ms[name]
