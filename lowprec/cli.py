@@ -7,8 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import NoReturn
 
@@ -118,10 +117,16 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def run() -> NoReturn:
-    """The program ``lowprec``. A plan leaves at once: to take apart all that it imported takes Python a second, and
-    there is nothing to close."""
+    """The program ``lowprec``. A plan is seconds of imports and small objects, so its process does without the search
+    for garbage, of which there is little and which takes a quarter of the time; without the compiler, which
+    bitsandbytes imports with itself for half a second; and in the end without taking apart what was imported, which
+    takes Python another second: there is nothing to close."""
+    plans = sys.argv[1:2] == ["plan"]
+    if plans:
+        gc.disable()
+        os.environ.setdefault("TORCHDYNAMO_DISABLE", "1")
     code = main()
-    if sys.argv[1:2] == ["plan"]:
+    if plans:
         sys.stdout.flush()
         sys.stderr.flush()
         os._exit(code)
@@ -259,8 +264,8 @@ def _profile(options: argparse.Namespace) -> int:
 
 def _plan(options: argparse.Namespace) -> int:
     console = make_console()
-    with _in_a_hurry(), Console(stderr=True).status("Tracing one step without data"):
-        _quiet_libraries(console)
+    _quiet_libraries(console)
+    with Console(stderr=True).status("Tracing one step without data"):
         from lowprec.plan import plan
 
         result = plan(options.recipe, options.overrides, vram=options.vram, gpu=options.gpu)
@@ -359,25 +364,6 @@ def _quiet_libraries(console: Console) -> None:
     if not console.is_terminal:
         logging.disable_progress_bar()
     warnings.filterwarnings("ignore", category=FutureWarning, module="transformers|peft|torch")
-
-
-@contextmanager
-def _in_a_hurry() -> Iterator[None]:
-    """For seconds of imports and small objects: no search for garbage, of which there is little, which takes a quarter
-    of their time; and no compiler, which bitsandbytes imports with itself for half a second. A plan compiles nothing.
-    """
-    collected, compiler = gc.isenabled(), os.environ.get("TORCHDYNAMO_DISABLE")
-    gc.disable()
-    os.environ["TORCHDYNAMO_DISABLE"] = "1"
-    try:
-        yield
-    finally:
-        if collected:
-            gc.enable()
-        if compiler is None:
-            del os.environ["TORCHDYNAMO_DISABLE"]
-        else:
-            os.environ["TORCHDYNAMO_DISABLE"] = compiler
 
 
 def _version() -> str:

@@ -13,11 +13,14 @@ layer's graph holds what backward needs, and its result is the next one's input 
 
 A shape is recorded when it comes for the third time, up to ``MOST_SHAPES`` of them; whatever else comes takes the
 ordinary path, with the same numbers. So does a layer that is watched (hooks, modes that see every operation), that
-draws random numbers, or whose parameters were moved; and packed rows, since the number of their samples differs.
+draws random numbers, or whose trained parameters were moved; and packed rows, whose samples differ in number.
+
+The gradient that a layer hands to the one below lies in ``g``: who wants to keep it has to copy it.
 """
 
 import copy
 import time
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Callable
@@ -80,6 +83,8 @@ class LayerGraphs:
         self.places: dict[Any, Place] = {}
         self.reason = ""
         """Why there are none, where recording was tried."""
+        self.ordinary: set[str] = set()
+        """Why some calls were not recorded."""
         self.recorded: dict[tuple[Any, Any], _Recorded] = {}
         """(a layer's function, key of a shape) -> its graphs."""
         self.seconds = 0.0
@@ -89,7 +94,8 @@ class LayerGraphs:
     def to_dict(self) -> dict[str, Any]:
         """For the report."""
         figures = {"shapes": len(self.places), "graphs": 2 * len(self.recorded), "recording_s": round(self.seconds, 2)}
-        return figures | ({"why_not": self.reason} if self.reason else {})
+        reasons = {"why_not": self.reason, "ordinary_path": sorted(self.ordinary)}
+        return figures | {name: value for name, value in reasons.items() if value}
 
     def arguments(self, rest: tuple, keywords: dict[str, Any]) -> tuple[int, tuple[torch.Tensor, ...]] | None:
         """What a layer is called with beside its input: a number for its structure, shapes and plain values, and its
@@ -97,19 +103,19 @@ class LayerGraphs:
         values = (*rest, *keywords.values())
         # Layers of one pass are given the very same objects.
         if self._last is None or len(self._last[0]) != len(values) or any(map(is_not, self._last[0], values)):
-            found = _tensors_of((rest, keywords))
-            if found is None:
+            try:
+                signature, tensors = _tensors_of((rest, keywords))
+            except TypeError as error:
+                self.ordinary.add(str(error))
                 return None
-            signature, tensors = found
             self._last = values, self._signatures.setdefault(signature, len(self._signatures)), tensors
         return self._last[1:]
 
     def place(self, key: Any, hidden: torch.Tensor, arguments: Any, tensors: tuple) -> Place | None:
-        """The fixed places of a shape, made now if they were not there; None where there are enough shapes. Whether the
-        input needs a gradient, the first layer's does not, makes no difference to them."""
-        key = key[:2] + key[3:]
+        """The fixed places of a shape, made now if they were not there; None where there are enough shapes."""
         if key not in self.places:
             if len(self.places) == MOST_SHAPES:
+                self.ordinary.add(f"more than {MOST_SHAPES} shapes came")
                 return None
             self.recorder.prepare()
             place = self.places[key] = Place(hidden, tensors)
@@ -119,7 +125,10 @@ class LayerGraphs:
 
     def give_up(self, error: BaseException) -> None:
         """No graphs from now on."""
+        while error.__context__ is not None:  # the first error is the cause, the last one that recording had failed
+            error = error.__context__
         self.reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
+        warnings.warn(f"layers run kernel by kernel, since recording one failed: {self.reason}", stacklevel=2)
         self.places.clear()
         self.recorded.clear()
 
@@ -152,14 +161,17 @@ class GraphedLayer:
         return copy.deepcopy(self.policy or _call, memo)  # a copy of the model begins without graphs
 
     def __call__(self, function: Any, *args: Any) -> Any:
+        if not args or not args[0].is_contiguous() or self._is_watched():
+            return (self.policy or _call)(function, *args)
         hidden, *rest = args
-        given = None if self._is_watched() else self.graphs.arguments(tuple(rest), function.keywords)
-        if given is None or not hidden.is_contiguous():
+        given = self.graphs.arguments(tuple(rest), function.keywords)
+        if given is None:
             return (self.policy or _call)(function, *args)
         signature, tensors = given
         kind = hidden.device.type
         autocast = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else None
-        key = (hidden.shape, hidden.dtype, hidden.requires_grad, autocast, signature)
+        place = (hidden.shape, hidden.dtype, autocast, signature)
+        key = (place, hidden.requires_grad)  # the input of the first layer may need no gradient
         recorded = self.graphs.recorded.get((self, key))
         if recorded is None:
             if self._seen[key] < SEEN_BEFORE or key in self._random:
@@ -177,6 +189,7 @@ class GraphedLayer:
         result = (self.policy or _call)(function, hidden, *rest)
         if before != _random_offset(hidden):
             self._random.add(key)
+            self.graphs.ordinary.add("a layer draws random numbers")
         return result
 
     def _record(
@@ -184,7 +197,7 @@ class GraphedLayer:
     ) -> "_Recorded | None":
         begin = time.perf_counter()
         try:
-            place = self.graphs.place(key, hidden, arguments, tensors)
+            place = self.graphs.place(key[0], hidden, arguments, tensors)
             if place is None:
                 return None
             rest, keywords = place.layout
@@ -264,11 +277,9 @@ class _Recorded:
         elif hidden.data_ptr() != self.x.data_ptr():
             self.x.copy_(hidden)
         self._forward()
-        if not self.recompute:
-            self._running = weakref.ref(run)
-            return self.y.detach()
-        result = self.x.clone()
+        result = self.x.clone() if self.recompute else self.y.detach()
         self.place.holds(result)
+        self._running = weakref.ref(run)
         return result
 
     def run_backward(self, hidden: torch.Tensor | None, arguments: tuple, gradient: torch.Tensor) -> tuple:
@@ -317,7 +328,12 @@ def _random_offset(tensor: torch.Tensor) -> Any:
     return torch.random.get_rng_state().numpy().tobytes()
 
 
-def _tensors_of(arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]] | None:
+def _tensors_of(arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """What tells calls of one form from others, and the tensors.
+
+    Raises:
+        TypeError: there is something that no place can be made for.
+    """
     leaves, structure = tree_flatten(arguments)
     tensors: list[torch.Tensor] = []
     kinds: list[tuple] = []
@@ -328,7 +344,7 @@ def _tensors_of(arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]] | None:
         elif leaf is None or isinstance(leaf, bool | int | float | str):
             kinds.append((type(leaf), leaf))
         else:
-            return None
+            raise TypeError(f"a layer is called with a {type(leaf).__name__}")
     return (str(structure), tuple(kinds)), tuple(tensors)
 
 

@@ -105,7 +105,8 @@ class Offload:
     def _let_go(self, count: int) -> None:
         """Free the inputs that leave, but for the last ``count``. The device waits for a copy before the memory is
         given away: ``record_stream`` would keep it until the host has seen the copy's end, and a host that is a step
-        ahead would find nothing free (Llama-3-8B, 2 x 2048, H100: 2.3 GB more)."""
+        ahead would find nothing free (Llama-3-8B QLoRA, 2 x 2048, layers as graphs, H100: 9.9 GB reserved, 8.3 without,
+        0.2 of the difference from other changes)."""
         while len(self._leaving) > count:
             tensor, copied = self._leaving.popleft()
             torch.cuda.current_stream(tensor.device).wait_event(copied)

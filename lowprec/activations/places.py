@@ -25,7 +25,7 @@ class Place:
         self.layout: tuple[tuple, dict[str, Any]] = (), {}
         """Positional and named arguments of a layer beside its input, with the tensors above where those stood."""
         self._x: torch.Tensor | None = None
-        self._held: weakref.ref[torch.Tensor] | None = None
+        self._last: weakref.ref[torch.Tensor] | None = None
         self._version = 0
         self._sources: list[tuple[torch.Tensor, int] | None] = [None] * len(self.arguments)
         self._gradients: dict[tuple, GradientPlace] = {}
@@ -39,7 +39,7 @@ class Place:
 
     def input_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Where a layer that keeps its input finds it: where the layer before leaves its result, else a new place."""
-        return hidden.detach() if hidden.grad_fn is not None and _is_replayed(hidden) else torch.zeros_like(self.g)
+        return hidden.detach() if self._is_last(hidden) else torch.zeros_like(self.g)
 
     def load(self, arguments: Sequence[torch.Tensor]) -> None:
         """Copy the arguments that are not there yet."""
@@ -51,17 +51,20 @@ class Place:
 
     def hold(self, hidden: torch.Tensor) -> None:
         """Copy ``hidden`` to ``x``, unless it is there."""
-        if self._held is None or self._held() is not hidden or self._version != hidden._version:
+        if not self._is_last(hidden):
             self.x.copy_(hidden)
         self.holds(hidden)
 
     def holds(self, hidden: torch.Tensor) -> None:
-        """``x`` is known to be a copy of ``hidden``."""
-        self._held, self._version = weakref.ref(hidden), hidden._version
+        """``hidden`` is what stands in ``x``, or where a layer that keeps its input left its result."""
+        self._last, self._version = weakref.ref(hidden), hidden._version
+
+    def _is_last(self, hidden: torch.Tensor) -> bool:
+        return self._last is not None and self._last() is hidden and self._version == hidden._version
 
     def forget(self) -> None:
         """Nothing is known of what the places hold."""
-        self._held = None
+        self._last = None
         self._sources = [None] * len(self.arguments)
 
     def gradients_of(self, parameters: Sequence[torch.Tensor]) -> "GradientPlace":
@@ -102,7 +105,3 @@ class GradientPlace:
         """Copies of the gradients of the used parameters: the place is free again."""
         parts = self._split({dtype: whole.clone() for dtype, whole in self._flat.items()})
         return [part if is_used else None for part, is_used in zip(parts, used, strict=True)]
-
-
-def _is_replayed(tensor: torch.Tensor) -> bool:
-    return type(tensor.grad_fn).__name__ == "_ReplayedBackward"

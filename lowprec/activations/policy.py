@@ -35,12 +35,21 @@ class Activations:
     why: str
     function: Callable[..., Any] | None = None
     graphs: LayerGraphs | None = None
+    no_graphs: str = ""
+    """Why there are none, though they were asked for."""
 
     def to_dict(self) -> dict[str, Any]:
         """For the report; what ``selective`` keeps is known after the first step."""
         kept = self.function.describe() if isinstance(self.function, Selective) else None
         facts = {"policy": self.policy, "why": self.why} | ({"kept": kept} if kept else {})
+        if self.no_graphs:
+            return facts | {"cuda_graphs": {"why_not": self.no_graphs}}
         return facts | ({"cuda_graphs": self.graphs.to_dict()} if self.graphs else {})
+
+    def told(self) -> str:
+        """For people."""
+        graphs = f" No CUDA graphs: {self.no_graphs}." if self.no_graphs else ""
+        return f"Activations: {self.policy} ({self.why}).{graphs or (' Layers as CUDA graphs.' if self.graphs else '')}"
 
 
 def choose_policy(recipe: "Recipe", device: torch.device, config: Any = None) -> tuple[str, str]:
@@ -75,7 +84,12 @@ def fitting(recipe: "Recipe", limit_gib: float, config: Any = None) -> tuple[str
 
 
 def keep_activations(
-    model: nn.Module, policy: str, why: str = "as the recipe says", *, graphs: bool = False
+    model: nn.Module,
+    policy: str,
+    why: str = "as the recipe says",
+    *,
+    graphs: bool = False,
+    no_graphs: str | None = None,
 ) -> Activations:
     """Let every decoder layer of this one model keep for backward what the policy says.
 
@@ -85,7 +99,8 @@ def keep_activations(
             also the results that are dear to compute and cheap to hold; ``offload`` is ``full`` with the inputs in host
             memory.
         why: for the report.
-        graphs: replay layers as CUDA graphs (graphs.py) where ``why_no_graphs`` has nothing to say.
+        graphs: replay layers as CUDA graphs (graphs.py).
+        no_graphs: what ``why_no_graphs`` says against it: then there are none, and the report says so.
 
     Raises:
         UserError: the architecture has no layers that can be computed again.
@@ -104,7 +119,7 @@ def keep_activations(
             f"train.gradient_checkpointing={policy}: {type(model).__name__} has no layers that transformers could "
             "compute again. Set train.gradient_checkpointing=none."
         )
-    shared = LayerGraphs(recompute=policy != "none") if graphs else None
+    shared = LayerGraphs(recompute=policy != "none") if graphs and no_graphs is None else None
     for layer in layers:
         own: Callable[..., Any] | None = function
         if shared is not None and isinstance(layer, GradientCheckpointingLayer):
@@ -113,7 +128,7 @@ def keep_activations(
         layer.gradient_checkpointing = own is not None  # type: ignore[assignment]
         if own is not None:
             layer._gradient_checkpointing_func = own  # type: ignore[assignment]
-    return Activations(policy, why, function, shared)
+    return Activations(policy, why, function, shared, (no_graphs or "") if graphs else "")
 
 
 def why_no_graphs(model: nn.Module, policy: str, device: torch.device) -> str | None:

@@ -150,7 +150,7 @@ class Run:
         self.console.print(self.data.summary)
         self.model = load_model(recipe.model)
         policy = choose_policy(recipe, device)
-        no_graphs = why_no_graphs(self.model, policy[0], device) if options.uses_graphs else "as the recipe says"
+        no_graphs = why_no_graphs(self.model, policy[0], device)
         attend_without_masks(self.model, recipe.data.max_length + options.sample_max_new_tokens)
         calibration = calibration_batch(recipe.wrap, self.data, self.tokenizer.pad_token_id, device)
         if calibration is not None:
@@ -163,17 +163,15 @@ class Run:
             frozen=recipe.choice("adapter") != "none",
             device=device,
             use_liger_kernel=options.use_liger_kernel,
-            in_graphs=no_graphs is None,
+            in_graphs=options.cuda_graphs and no_graphs is None,
         )
         plain = [f"All {len(layers.rows)} linear layers stay in {recipe.model.dtype}.", *layers.fused_lines()]
         self.console.print(layers if layers.converted else "\n".join(plain), markup=False, highlight=False)
         self.model = recipe.adapter.attach(self.model)
         self._use_cache = self.model.config.use_cache
         self.model.config.use_cache = False  # of no use in training; put back in what is saved
-        self.activations = keep_activations(self.model, *policy, graphs=no_graphs is None)
-        graphs = "replayed for shapes that come again" if no_graphs is None else f"none ({no_graphs})"
-        told = f"Activations: {self.activations.policy} ({self.activations.why}). CUDA graphs of layers: {graphs}."
-        self.console.print(told, markup=False, highlight=False)
+        self.activations = keep_activations(self.model, *policy, graphs=options.cuda_graphs, no_graphs=no_graphs)
+        self.console.print(self.activations.told(), markup=False, highlight=False)
         self.model.to(device).train()
         fused = recipe.adapter.fuse(self.model)
         if fused is not None:

@@ -36,7 +36,7 @@ class Train:
     cuda_graphs: bool = False
     """Replay decoder layers as CUDA graphs, where the host is slower than the device and batches are of few shapes. A
     shape that comes for the third time is recorded, up to four; their memory stays taken, and ``lowprec plan`` does not
-    count it yet. The report says what was not recorded, and why."""
+    count it. The run says where there are none, and why; the report, what was not recorded."""
     torch_compile: bool = False
     """Compile the decoder layers, with ``gradient_checkpointing`` none or full."""
     max_grad_norm: float | None = 1.0
@@ -61,17 +61,17 @@ class Train:
     grid_g_co2e_per_kwh: float = WORLD_G_CO2E_PER_KWH
     """Grams of CO2 equivalent a kWh of the electricity here, for the report; by default the world's average."""
 
-    @property
-    def uses_graphs(self) -> bool:
-        """Compiled layers are left to ``torch.compile``."""
-        return self.cuda_graphs and not self.torch_compile
-
     def __post_init__(self) -> None:
         self.gradient_checkpointing = _policy(self.gradient_checkpointing)
         if self.torch_compile and self.gradient_checkpointing not in ("none", "full"):
             raise UserError(
                 f"train.torch_compile=true does not work with train.gradient_checkpointing="
                 f"{self.gradient_checkpointing}: choose none or full, or train.torch_compile=false."
+            )
+        if self.torch_compile and self.cuda_graphs:
+            raise UserError(
+                "train.torch_compile=true and train.cuda_graphs=true: a layer is compiled or recorded, not both. Leave "
+                "one of them out."
             )
         for key in ("per_device_train_batch_size", "per_device_eval_batch_size", "gradient_accumulation_steps",
                     "sample_max_new_tokens"):  # fmt: skip

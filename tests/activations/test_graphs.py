@@ -1,6 +1,7 @@
 """Layers from graphs give what layers give, on the CPU with a recorder that takes the recorded function again."""
 
 import copy
+import functools
 from contextlib import nullcontext
 
 import pytest
@@ -130,7 +131,8 @@ def test_each_shape_has_its_own_up_to_a_limit(monkeypatch):
         train(model, 4 * (MOST_SHAPES + 2), batches=of_many_lengths),
         train(plain, 4 * (MOST_SHAPES + 2), batches=of_many_lengths),
     )
-    assert activations.to_dict()["cuda_graphs"]["shapes"] == MOST_SHAPES
+    figures = activations.to_dict()["cuda_graphs"]
+    assert figures["shapes"] == MOST_SHAPES and figures["ordinary_path"] == [f"more than {MOST_SHAPES} shapes came"]
 
 
 def test_graphs_that_hold_what_backward_needs_take_one_pass_at_a_time(monkeypatch):
@@ -166,6 +168,7 @@ def test_what_is_watched_or_random_or_without_gradients_takes_the_ordinary_path(
     activations, recorder = graphed(model, "full", monkeypatch)
     train(model, 5)
     assert not recorder.replays and not activations.graphs.reason
+    assert activations.graphs.ordinary == {"a layer draws random numbers"}
 
 
 def test_a_layer_whose_parameters_moved_takes_the_ordinary_path(monkeypatch):
@@ -190,7 +193,9 @@ def test_what_cannot_be_recorded_is_said_and_trains_all_the_same(monkeypatch):
         raise RuntimeError("operation not permitted when stream is capturing\nand more")
 
     recorder.record = fails
-    same(train(model, 5), train(plain, 5))
+    with pytest.warns(UserWarning, match="kernel by kernel"):
+        found = train(model, 5)
+    same(found, train(plain, 5))
     assert "not permitted" in activations.to_dict()["cuda_graphs"]["why_not"]
 
 
@@ -212,6 +217,23 @@ def test_packed_rows_take_the_ordinary_path(monkeypatch):
     packed = {"documents": Documents.of([5, 7, 12]), "position_ids": positions}
     train(model, 5, batches=lambda step: batch(step, 2, 12) | packed)
     assert not recorder.replays and not activations.graphs.reason
+    assert activations.to_dict()["cuda_graphs"]["ordinary_path"] == ["a layer is called with a Documents"]
+
+
+def test_a_layer_that_is_called_by_keywords_alone_takes_the_ordinary_path(monkeypatch):
+    model = tiny_model("llama").train()
+    graphed(model, "full", monkeypatch)
+    layer, x = model.model.layers[0], torch.randn(1, 4, 16, requires_grad=True)
+    calls = functools.partial(lambda hidden_states: 2 * hidden_states, hidden_states=x)
+    assert torch.equal(layer._gradient_checkpointing_func(calls), 2 * x)
+
+
+def test_the_report_says_why_there_are_none_though_asked_for():
+    activations = keep_activations(tiny_model("llama"), "full", graphs=True, no_graphs="there is no CUDA device")
+    assert activations.to_dict()["cuda_graphs"] == {"why_not": "there is no CUDA device"}
+    assert "No CUDA graphs: there is no CUDA device" in activations.told()
+    plain = keep_activations(tiny_model("llama"), "full", no_graphs="there is no CUDA device")
+    assert "cuda_graphs" not in plain.to_dict() and "graphs" not in plain.told()
 
 
 def test_why_not():

@@ -67,6 +67,10 @@ def test_what_does_not_go_together_is_refused():
         resolve("lora", [*common, "train.gradient_checkpointing=offload"])
     with pytest.raises(UserError, match="packing"):
         resolve("lora", [*common, "data.packing=true"])
+    with pytest.raises(UserError, match="compiled or recorded"):
+        resolve("lora", [*common, "train.cuda_graphs=true"])
+    with pytest.raises(UserError, match=r"cuda_graphs=true with data\.packing=true"):
+        resolve("lora", [*common[:2], "train.cuda_graphs=true", "data.packing=true"])
 
 
 @pytest.mark.parametrize(

@@ -47,12 +47,19 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     policy = choose_policy(recipe, device, AutoConfig.for_model(**work.shape))
     model = random_model(work.shape, recipe.model.torch_dtype, device)
     attend_without_masks(model, work.length)
-    graphs = recipe.train.uses_graphs and why_no_graphs(model, policy[0], device) is None
+    no_graphs, graphs = why_no_graphs(model, policy[0], device), recipe.train.cuda_graphs
     frozen = recipe.choice("adapter") != "none"
     use_liger = recipe.train.use_liger_kernel
-    layers = wrap(model, recipe.weights, frozen=frozen, device=device, use_liger_kernel=use_liger, in_graphs=graphs)
+    layers = wrap(
+        model,
+        recipe.weights,
+        frozen=frozen,
+        device=device,
+        use_liger_kernel=use_liger,
+        in_graphs=graphs and no_graphs is None,
+    )
     model = recipe.adapter.attach(model)
-    activations = keep_activations(model, *policy, graphs=graphs)
+    activations = keep_activations(model, *policy, graphs=graphs, no_graphs=no_graphs)
     model.to(device).train()
     fused = recipe.adapter.fuse(model)
     optimizer = recipe.optimizer.build(model, recipe.state_store)
