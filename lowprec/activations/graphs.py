@@ -33,6 +33,7 @@ import torch
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import get_gradient_edge
+from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
@@ -238,11 +239,18 @@ class _Recorded:
         options = {"enabled": torch.is_autocast_enabled(kind), "cache_enabled": False}
         autocast = partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), **options)
         leaf = self.x.data.requires_grad_(self._needs_input)
+        # Autograd has one node for each parameter, on the stream where it was first used: what the graph records on a
+        # stream of its own would wait for that one. So the layer computes with other tensors on the same memory.
+        names = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
+        aliases = [parameter.detach().requires_grad_() for parameter in self.parameters]
+        aliased = partial(
+            functional_call, _Call(layer, call), {f"layer.{n}": t for n, t in zip(names, aliases, strict=True)}
+        )
 
         def forward() -> None:
             with torch.enable_grad(), autocast():
-                again = partial(checkpoint, call, use_reentrant=False, preserve_rng_state=False)
-                y = again(leaf) if recompute else call(leaf)
+                again = partial(checkpoint, aliased, use_reentrant=False, preserve_rng_state=False)
+                y = again(leaf) if recompute else aliased(leaf)
             if not isinstance(y, torch.Tensor) or y.shape != hidden.shape or y.dtype != hidden.dtype:
                 raise TypeError(f"{type(layer).__name__} gives something else than it is given")
             self._edge = get_gradient_edge(y)
@@ -252,7 +260,7 @@ class _Recorded:
                 self.y = y.detach()
 
         def backward() -> None:
-            wanted = [*([leaf] if self._needs_input else []), *self.parameters]
+            wanted = [*([leaf] if self._needs_input else []), *aliases]
             found = torch.autograd.grad(self._edge, wanted, place.g, retain_graph=not recompute, allow_unused=True)
             self._used = self._gradients.fill(found[self._needs_input :])
             if self._needs_input:
@@ -261,6 +269,8 @@ class _Recorded:
         with torch.no_grad():
             self._forward = recorder.record(forward)
             self._backward = recorder.record(backward)
+        if recompute:
+            del self._edge
         place.forget()
 
     def is_current(self) -> bool:
@@ -291,6 +301,14 @@ class _Recorded:
         self._backward()
         self._running = None
         return self.place.g if self._needs_input else None, *self._gradients.taken(self._used)
+
+
+class _Call(nn.Module):
+    """A call of ``layer``, whose parameters ``functional_call`` can replace."""
+
+    def __init__(self, layer: nn.Module, call: Callable) -> None:
+        super().__init__()
+        self.layer, self.forward = layer, call
 
 
 class _Run:

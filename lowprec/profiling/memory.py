@@ -24,6 +24,12 @@ class PeakMemory:
         if self._device.type == "cuda":
             phases.listeners.append(self._turn)
 
+    def restart(self) -> None:
+        """Forget all peaks so far, also the one that no phase has read yet."""
+        self.allocated = self.reserved = 0
+        if self._device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats(self._device)
+
     def on_step_start(self) -> None:
         self._steps.append({})
 

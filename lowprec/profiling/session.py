@@ -149,7 +149,7 @@ class Session:
         self._read(1 if self.stage == stage == MEASURED else 0)
         if stage == WARM_UP and self.stage == MEASURED:
             gc.collect()
-            self.peak.allocated = self.peak.reserved = 0
+            self.peak.restart()
             self._host_s_before = self.probes.host_s
         if self.stage != stage or closely:
             self.phases.begin()
