@@ -71,6 +71,10 @@ def attention(
             scale=scaling, window_size_left=-1 if window is None else window - 1, window_size_right=0,
         )[0]  # fmt: skip
         return out.view(rows, tokens, heads, dim), None
+    if documents is not None and not documents.lengths:
+        raise ValueError(
+            f"{CAUSAL_SDPA} takes rounded documents only by FlashAttention: {why_no_flash(query, dropout)}"
+        )
     options = {"dropout_p": dropout, "scale": scaling, "enable_gqa": key.shape[1] != heads}
     if documents is None:
         return _one_sample(query, key, value, window, options).transpose(1, 2), None

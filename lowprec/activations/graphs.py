@@ -9,11 +9,13 @@ Every layer has two graphs for each shape of input: forward (as the policy has i
 layer is computed again), and backward, with that computation. With ``full`` and ``offload`` all graphs share the memory
 for what a layer needs while it runs, and three places: ``x`` for a layer's input and, after it, its result; ``g`` for
 the gradient of its result and, after it, of its input; one for the gradients of its parameters. With ``none`` each
-layer's graph holds what backward needs, and its result is the next one's input where it lies.
+layer's graph holds what backward needs, and its result is the next one's input where it lies; the layers of one shape
+share that memory with those of another, so that passes of two shapes cannot be under way at a time.
 
 A shape is recorded when it comes for the third time, up to ``MOST_SHAPES`` of them; whatever else comes takes the
 ordinary path, with the same numbers. So does a layer that is watched (hooks, modes that see every operation), that
-draws random numbers, or whose trained parameters were moved; and packed rows, whose samples differ in number.
+draws random numbers, or whose trained parameters were moved. The borders of packed samples are filled up with empty
+samples, so that few numbers of them come.
 
 The gradient that a layer hands to the one below lies in ``g``: who wants to keep it has to copy it.
 """
@@ -23,7 +25,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import is_not
@@ -37,12 +39,13 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from lowprec.activations.places import GradientPlace, Place
+from lowprec.activations.places import Flow, GradientPlace, Place
+from lowprec.data.documents import Documents
 from lowprec.layers.decode_buffer import release_decode_buffers
 
 SEEN_BEFORE = 2
 """Ordinary calls for a shape before it is recorded: kernels are compiled and tuned in them."""
-MOST_SHAPES = 4
+MOST_SHAPES = 8
 
 Replay = Callable[[], None]
 
@@ -82,6 +85,7 @@ class LayerGraphs:
         self.recompute = recompute
         self.recorder = recorder or Recorder()
         self.places: dict[Any, Place] = {}
+        """Of each shape, the latest one last."""
         self.reason = ""
         """Why there are none, where recording was tried."""
         self.ordinary: set[str] = set()
@@ -89,6 +93,8 @@ class LayerGraphs:
         self.recorded: dict[tuple[Any, Any], _Recorded] = {}
         """(a layer's function, key of a shape) -> its graphs."""
         self.seconds = 0.0
+        self._flows: dict[Any, Flow] = {}
+        self._gradients: dict[Any, GradientPlace] = {}
         self._signatures: dict[Any, int] = {}
         self._last: tuple[tuple, int, tuple[torch.Tensor, ...]] | None = None
 
@@ -113,16 +119,36 @@ class LayerGraphs:
         return self._last[1:]
 
     def place(self, key: Any, hidden: torch.Tensor, arguments: Any, tensors: tuple) -> Place | None:
-        """The fixed places of a shape, made now if they were not there; None where there are enough shapes."""
-        if key not in self.places:
-            if len(self.places) == MOST_SHAPES:
-                self.ordinary.add(f"more than {MOST_SHAPES} shapes came")
-                return None
-            self.recorder.prepare()
-            place = self.places[key] = Place(hidden, tensors)
-            # .data has a version counter of its own: the places are written to between forward and backward.
-            place.layout = _with_tensors(arguments, tuple(argument.data for argument in place.arguments))
-        return self.places[key]
+        """The fixed places of a shape, made now if they were not there. None where there are enough shapes, or where
+        the memory of this one is shared with a later one already."""
+        if key in self.places:
+            return self.places[key] if self.recompute or key == next(reversed(self.places)) else None
+        if len(self.places) == MOST_SHAPES:
+            self.ordinary.add(f"more than {MOST_SHAPES} shapes came")
+            return None
+        if not self.recompute and self.others_run(None):
+            return None
+        self.recorder.prepare()
+        for recorded in self.recorded.values():
+            recorded.give_memory_back()
+        form = hidden.shape, hidden.dtype
+        if form not in self._flows:
+            self._flows[form] = Flow(hidden)
+        place = self.places[key] = Place(self._flows[form], tensors)
+        # .data has a version counter of its own: the places are written to between forward and backward.
+        place.layout = _with_tensors(arguments, tuple(argument.data for argument in place.arguments))
+        return place
+
+    def others_run(self, place: Place | None) -> bool:
+        """Whether a pass of another shape than this place's waits for its backward."""
+        return any(other.runs for other in self.places.values() if other is not place)
+
+    def gradients_of(self, parameters: Sequence[torch.Tensor]) -> GradientPlace:
+        """The place for gradients of parameters of these shapes: layers that are alike share one."""
+        key = tuple((p.shape, p.dtype, p.device) for p in parameters)
+        if key not in self._gradients:
+            self._gradients[key] = GradientPlace(parameters)
+        return self._gradients[key]
 
     def give_up(self, error: BaseException) -> None:
         """No graphs from now on."""
@@ -132,6 +158,8 @@ class LayerGraphs:
         warnings.warn(f"layers run kernel by kernel, since recording one failed: {self.reason}", stacklevel=2)
         self.places.clear()
         self.recorded.clear()
+        self._flows.clear()
+        self._gradients.clear()
 
 
 class GraphedLayer:
@@ -206,7 +234,7 @@ class GraphedLayer:
             def call(x: torch.Tensor) -> Any:
                 return function.func(*function.args, x, *rest, **keywords)
 
-            recorded = _Recorded(self.layer, call, hidden, place, self.graphs.recompute, self.graphs.recorder)
+            recorded = _Recorded(self.layer, call, hidden, place, self.graphs)
         except (RuntimeError, TypeError, ValueError) as error:  # what no graph can hold, or no memory for it
             self.graphs.give_up(error)
             return None
@@ -225,15 +253,17 @@ class _Recorded:
     """The two graphs of one layer for one shape."""
 
     def __init__(
-        self, layer: nn.Module, call: Callable, hidden: torch.Tensor, place: Place, recompute: bool, recorder: Any
+        self, layer: nn.Module, call: Callable, hidden: torch.Tensor, place: Place, graphs: LayerGraphs
     ) -> None:
-        self.place, self.recompute = place, recompute
+        self.graphs, self.place, self.flow, self.recompute = graphs, place, place.flow, graphs.recompute
+        recompute, flow, recorder = graphs.recompute, place.flow, graphs.recorder
         self.parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
-        self._gradients: GradientPlace = place.gradients_of(self.parameters)
+        self._gradients = graphs.gradients_of(self.parameters)
         self._needs_input = hidden.requires_grad
-        self.x = place.x if recompute else place.input_of(hidden)
+        self.x = flow.x if recompute else flow.input_of(hidden)
         self.y = self.x
+        self._edge: Any = None
         self._running: weakref.ref[_Run] | None = None
         kind = hidden.device.type
         options = {"enabled": torch.is_autocast_enabled(kind), "cache_enabled": False}
@@ -257,50 +287,59 @@ class _Recorded:
             if recompute:
                 self.x.copy_(y.detach())
             else:
-                self.y = y.detach()
+                self.y = y.detach()  # in memory that replays keep writing to, whoever holds it
 
         def backward() -> None:
             wanted = [*([leaf] if self._needs_input else []), *aliases]
-            found = torch.autograd.grad(self._edge, wanted, place.g, retain_graph=not recompute, allow_unused=True)
+            found = torch.autograd.grad(self._edge, wanted, flow.g, retain_graph=not recompute, allow_unused=True)
             self._used = self._gradients.fill(found[self._needs_input :])
             if self._needs_input:
-                place.g.copy_(found[0])
+                flow.g.copy_(found[0])
 
         with torch.no_grad():
             self._forward = recorder.record(forward)
             self._backward = recorder.record(backward)
         if recompute:
-            del self._edge
+            self.give_memory_back()
         place.forget()
 
+    def give_memory_back(self) -> None:
+        """Let graphs that are recorded from now on use the memory that this one's replays write to."""
+        self._edge = None
+
     def is_current(self) -> bool:
-        """Whether the parameters are where they were, and, where the graphs hold what backward needs, nobody needs it
-        any more: a second forward pass before the first one's backward takes the ordinary path."""
+        """Whether the parameters are where they were, and, where the graphs hold what backward needs, nobody needs what
+        a replay would write over: a second forward pass before the first one's backward takes the ordinary path."""
         if [p.data_ptr() for p in self.parameters if p.requires_grad] != self._addresses:
             return False
-        return self.recompute or self._running is None or self._running() is None
+        if self.recompute:
+            return True
+        return (self._running is None or self._running() is None) and not self.graphs.others_run(self.place)
 
     def run_forward(self, hidden: torch.Tensor, arguments: tuple, run: "_Run") -> torch.Tensor:
         self.place.load(arguments)
         if self.recompute:
-            self.place.hold(hidden)
-        elif hidden.data_ptr() != self.x.data_ptr():
-            self.x.copy_(hidden)
+            self.flow.hold(hidden)
+        else:
+            self.place.runs.add(run)
+            self._running = weakref.ref(run)
+            if hidden.data_ptr() != self.x.data_ptr():
+                self.x.copy_(hidden)
         self._forward()
         result = self.x.clone() if self.recompute else self.y.detach()
-        self.place.holds(result)
-        self._running = weakref.ref(run)
+        self.flow.holds(result)
         return result
 
-    def run_backward(self, hidden: torch.Tensor | None, arguments: tuple, gradient: torch.Tensor) -> tuple:
+    def run_backward(self, hidden: torch.Tensor | None, arguments: tuple, run: "_Run", gradient: torch.Tensor) -> tuple:
         self.place.load(arguments)
         if hidden is not None:
-            self.place.hold(hidden)
-        if gradient is not self.place.g:
-            self.place.g.copy_(gradient)
+            self.flow.hold(hidden)
+        if gradient is not self.flow.g:
+            self.flow.g.copy_(gradient)
         self._backward()
         self._running = None
-        return self.place.g if self._needs_input else None, *self._gradients.taken(self._used)
+        self.place.runs.discard(run)
+        return self.flow.g if self._needs_input else None, *self._gradients.taken(self._used)
 
 
 class _Call(nn.Module):
@@ -331,7 +370,7 @@ class _Replayed(torch.autograd.Function):
     @once_differentiable
     def backward(ctx: Any, gradient):
         hidden = ctx.saved_tensors[0] if ctx.recorded.recompute else None
-        grad_hidden, *gradients = ctx.recorded.run_backward(hidden, ctx.arguments, gradient)
+        grad_hidden, *gradients = ctx.recorded.run_backward(hidden, ctx.arguments, ctx.run, gradient)
         return grad_hidden, None, None, *gradients
 
 
@@ -356,7 +395,11 @@ def _tensors_of(arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
     tensors: list[torch.Tensor] = []
     kinds: list[tuple] = []
     for leaf in leaves:
-        if isinstance(leaf, torch.Tensor) and not leaf.requires_grad:
+        if isinstance(leaf, Documents):
+            rounded = leaf.rounded()
+            tensors.append(rounded.borders)
+            kinds.append((Documents, len(rounded.borders), rounded.longest))
+        elif isinstance(leaf, torch.Tensor) and not leaf.requires_grad:
             tensors.append(leaf)
             kinds.append((torch.Tensor, leaf.shape, leaf.dtype, leaf.device))
         elif leaf is None or isinstance(leaf, bool | int | float | str):
@@ -370,4 +413,10 @@ def _with_tensors(arguments: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
     """``arguments`` with others in the places of its tensors, in the order of ``_tensors_of``."""
     leaves, structure = tree_flatten(arguments)
     others = iter(tensors)
-    return tree_unflatten([next(others) if isinstance(leaf, torch.Tensor) else leaf for leaf in leaves], structure)
+
+    def other(leaf: Any) -> Any:
+        if isinstance(leaf, Documents):
+            return Documents((), next(others), leaf.rounded().longest)
+        return next(others) if isinstance(leaf, torch.Tensor) else leaf
+
+    return tree_unflatten([other(leaf) for leaf in leaves], structure)

@@ -10,25 +10,19 @@ ALIGNMENT = 64
 """Elements; kernels read tensors that begin at multiples of 16 bytes in wider words."""
 
 
-class Place:
-    """What the graphs of all layers share for one shape of input.
+class Flow:
+    """What goes from layer to layer, for all shapes of other arguments.
 
     Args:
         hidden: a layer's input, ``[rows, tokens, width]``; its shape and dtype are taken.
-        arguments: the other tensors that a layer is called with.
     """
 
-    def __init__(self, hidden: torch.Tensor, arguments: Sequence[torch.Tensor]) -> None:
+    def __init__(self, hidden: torch.Tensor) -> None:
         self.g = torch.zeros_like(hidden.detach())
         """The gradient of a layer's result before its backward, of its input after that."""
-        self.arguments = tuple(argument.detach().clone() for argument in arguments)
-        self.layout: tuple[tuple, dict[str, Any]] = (), {}
-        """Positional and named arguments of a layer beside its input, with the tensors above where those stood."""
         self._x: torch.Tensor | None = None
         self._last: weakref.ref[torch.Tensor] | None = None
         self._version = 0
-        self._sources: list[tuple[torch.Tensor, int] | None] = [None] * len(self.arguments)
-        self._gradients: dict[tuple, GradientPlace] = {}
 
     @property
     def x(self) -> torch.Tensor:
@@ -40,14 +34,6 @@ class Place:
     def input_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Where a layer that keeps its input finds it: where the layer before leaves its result, else a new place."""
         return hidden.detach() if self._is_last(hidden) else torch.zeros_like(self.g)
-
-    def load(self, arguments: Sequence[torch.Tensor]) -> None:
-        """Copy the arguments that are not there yet."""
-        for index, (source, place) in enumerate(zip(arguments, self.arguments, strict=True)):
-            known = self._sources[index]
-            if known is None or known[0] is not source or known[1] != source._version:
-                place.copy_(source)
-                self._sources[index] = source, source._version
 
     def hold(self, hidden: torch.Tensor) -> None:
         """Copy ``hidden`` to ``x``, unless it is there."""
@@ -63,26 +49,50 @@ class Place:
         return self._last is not None and self._last() is hidden and self._version == hidden._version
 
     def forget(self) -> None:
-        """Nothing is known of what the places hold."""
+        """Nothing is known of what ``x`` holds."""
         self._last = None
-        self._sources = [None] * len(self.arguments)
 
-    def gradients_of(self, parameters: Sequence[torch.Tensor]) -> "GradientPlace":
-        """The place for gradients of parameters of these shapes: layers that are alike share one."""
-        key = tuple((tuple(p.shape), p.dtype) for p in parameters)
-        if key not in self._gradients:
-            self._gradients[key] = GradientPlace(parameters, self.g.device)
-        return self._gradients[key]
+
+class Place:
+    """What the graphs of all layers share for one shape of input and other arguments.
+
+    Args:
+        flow: for a layer's input and result.
+        arguments: the other tensors that a layer is called with.
+    """
+
+    def __init__(self, flow: Flow, arguments: Sequence[torch.Tensor]) -> None:
+        self.flow = flow
+        self.arguments = tuple(argument.detach().clone() for argument in arguments)
+        self.layout: tuple[tuple, dict[str, Any]] = (), {}
+        """Positional and named arguments of a layer beside its input, with the tensors above where those stood."""
+        self.runs: weakref.WeakSet[Any] = weakref.WeakSet()
+        """Passes of layers whose backward is to come."""
+        self._sources: list[tuple[torch.Tensor, int] | None] = [None] * len(self.arguments)
+
+    def load(self, arguments: Sequence[torch.Tensor]) -> None:
+        """Copy the arguments that are not there yet."""
+        for index, (source, place) in enumerate(zip(arguments, self.arguments, strict=True)):
+            known = self._sources[index]
+            if known is None or known[0] is not source or known[1] != source._version:
+                place.copy_(source)
+                self._sources[index] = source, source._version
+
+    def forget(self) -> None:
+        """Nothing is known of what the places hold."""
+        self.flow.forget()
+        self._sources = [None] * len(self.arguments)
 
 
 class GradientPlace:
     """The gradients of a layer's parameters side by side, one tensor for each dtype."""
 
-    def __init__(self, parameters: Sequence[torch.Tensor], device: torch.device) -> None:
+    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
         self._parameters = [(p.dtype, p.shape, -(-p.numel() // ALIGNMENT) * ALIGNMENT) for p in parameters]
         sizes: dict[torch.dtype, int] = {}
         for dtype, _, size in self._parameters:
             sizes[dtype] = sizes.get(dtype, 0) + size
+        device = parameters[0].device if parameters else None
         self._flat = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
         self._views = self._split(self._flat)
 

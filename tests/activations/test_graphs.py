@@ -12,6 +12,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from lowprec.activations import keep_activations, why_no_graphs
 from lowprec.activations.graphs import MOST_SHAPES, GraphedLayer, LayerGraphs
 from lowprec.attention import attend_without_masks
+from lowprec.data.documents import Documents
 from lowprec.lora import fuse
 from lowprec.testing import tiny_model
 
@@ -207,17 +208,40 @@ def test_a_copy_of_the_model_begins_without_graphs(monkeypatch):
     same(train(again, 2), train(model, 2))
 
 
-def test_packed_rows_take_the_ordinary_path(monkeypatch):
-    from lowprec.data.documents import Documents
-
+def test_packed_rows():
+    """Borders are filled up with empty samples to few shapes."""
+    documents = Documents.of([5, 7, 12]).rounded()
+    assert documents.borders.tolist() == [0, 5, 12, 24, 24, 24, 24, 24, 24] and documents.longest == 16
+    assert Documents.of([3] * 9).rounded().borders.numel() == 17
     model = tiny_model("llama")
     assert attend_without_masks(model)
-    activations, recorder = graphed(model, "full", monkeypatch)
-    positions = torch.tensor([[*range(5), *range(7)], [*range(12)]])
-    packed = {"documents": Documents.of([5, 7, 12]), "position_ids": positions}
-    train(model, 5, batches=lambda step: batch(step, 2, 12) | packed)
-    assert not recorder.replays and not activations.graphs.reason
-    assert activations.to_dict()["cuda_graphs"]["ordinary_path"] == ["a layer is called with a Documents"]
+    with pytest.raises(ValueError, match="FlashAttention"):
+        model(**batch(0, 2, 12), documents=documents)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shapes_in_turn(policy, monkeypatch):
+    """With ``none`` they share memory, and the pass of one must not begin before the other's has ended."""
+    plain = adapted(tiny_model("llama"))
+    model = copy.deepcopy(plain)
+    activations, recorder = graphed(model, policy, monkeypatch)
+
+    def of_two_lengths(step):
+        return batch(step, length=(8, 12, 12, 8, 12)[step % 5])
+
+    found = [train(m, 15, batches=of_two_lengths, micro=2) for m in (model, plain)]
+    same(*found)
+    layers = len(model.base_model.model.model.layers)
+    assert activations.to_dict()["cuda_graphs"]["shapes"] == 2 and recorder.replays == 2 * layers * (30 - 2 * 2)
+    losses = []
+    for m in (model, plain):
+        short, long = m(**batch(0, length=8)).loss, m(**batch(1, length=12)).loss
+        losses.append(short + long)
+        losses[-1].backward()
+    same(*([[loss.detach()], [p.grad for p in m.parameters() if p.grad is not None]]
+           for loss, m in zip(losses, (model, plain), strict=True)))  # fmt: skip
+    once = policy == "none"  # the second of the two took the ordinary path
+    assert recorder.replays == 2 * layers * (30 - 2 * 2) + 2 * layers * (1 if once else 2)
 
 
 def test_a_layer_that_is_called_by_keywords_alone_takes_the_ordinary_path(monkeypatch):
