@@ -230,11 +230,6 @@ def _check(recipe: Recipe) -> Recipe:
             "train.torch_compile=true with data.packing=true would compile anew for every batch, since the samples' "
             "lengths differ: set one of them to false."
         )
-    if train.cuda_graphs and data.packing:
-        raise UserError(
-            "train.cuda_graphs=true with data.packing=true would record nothing, since packed rows differ in the "
-            "number of their samples: set one of them to false."
-        )
     if data.streaming and train.max_steps is None:
         raise UserError("data.streaming=true has no known length: set train.max_steps.")
     if recipe.model.dtype == "fp16" and adapter == "none":

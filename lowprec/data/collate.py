@@ -24,14 +24,17 @@ Inputs = dict[str, Any]
 """Keyword arguments of a model: tensors, and :class:`Documents`, which moves as a tensor does."""
 
 
-def collate(items: Sequence[Item], pad_token_id: int, *, attention: PackedAttention | None) -> Inputs:
-    """Pad rows on the right to the longest.
+def collate(
+    items: Sequence[Item], pad_token_id: int, *, attention: PackedAttention | None, length: int | None = None
+) -> Inputs:
+    """Pad rows on the right to the longest, or to ``length`` tokens.
 
     Args:
         items: The rows; none at all gives a batch of one row of padding, for a process that has to take part without
             having a sample.
         pad_token_id: Fills ``input_ids``.
         attention: For packed rows, how they are cut; None for one sample a row.
+        length: Tokens of a row, at least the longest's.
 
     Returns:
         int64 tensors ``[rows, longest]``: ``input_ids``, ``labels``, and either ``attention_mask`` or ``position_ids``;
@@ -39,7 +42,7 @@ def collate(items: Sequence[Item], pad_token_id: int, *, attention: PackedAttent
         ``documents``.
     """
     num_rows = max(1, len(items))
-    longest = max((len(item["input_ids"]) for item in items), default=2)
+    longest = length or max((len(item["input_ids"]) for item in items), default=2)
     input_ids = torch.full((num_rows, longest), pad_token_id, dtype=torch.int64)
     labels = torch.full((num_rows, longest), IGNORE, dtype=torch.int64)
     # A row of padding attends to itself: a softmax over nothing would be NaN.
@@ -47,11 +50,11 @@ def collate(items: Sequence[Item], pad_token_id: int, *, attention: PackedAttent
     position_ids = torch.arange(longest).repeat(num_rows, 1)
     documents: list[int] = [] if items else [longest]
     for row, item in enumerate(items):
-        length = len(item["input_ids"])
-        input_ids[row, :length] = torch.tensor(item["input_ids"])
-        labels[row, :length] = torch.tensor(item["labels"])
-        attention_mask[row, :length] = 1
-        starts = [*item["lengths"], longest - length]
+        filled = len(item["input_ids"])
+        input_ids[row, :filled] = torch.tensor(item["input_ids"])
+        labels[row, :filled] = torch.tensor(item["labels"])
+        attention_mask[row, :filled] = 1
+        starts = [*item["lengths"], longest - filled]
         position_ids[row] = torch.cat([torch.arange(count) for count in starts])
         documents += [count for count in starts if count]
     inputs: Inputs = {"input_ids": input_ids, "labels": labels}

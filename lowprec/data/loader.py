@@ -86,6 +86,8 @@ class StepLoader:
         world_size: Number of processes.
         seed: Of the permutations.
         pad_token_id: For padding; it is never trained nor seen.
+        pad_to_multiple_of: The rows of a micro-batch are padded to the next multiple above the longest, though not
+            beyond ``data.max_length``.
         device: Where the tensors go; a copy to CUDA comes from pinned memory and does not wait.
     """
 
@@ -99,6 +101,7 @@ class StepLoader:
         world_size: int,
         seed: int,
         pad_token_id: int,
+        pad_to_multiple_of: int = 1,
         device: torch.device | str | None = None,
     ) -> None:
         train = prepared.train
@@ -111,7 +114,7 @@ class StepLoader:
         self.effective_batch_size = per_device_batch_size * gradient_accumulation_steps * world_size
         self.rank, self.world_size = rank, world_size
         self._max_length, self._attention = prepared.summary.max_length, prepared.evaluation.attention
-        self.pad_token_id = pad_token_id
+        self.pad_token_id, self.pad_to_multiple_of = pad_token_id, pad_to_multiple_of
         self.device = torch.device(device) if device is not None else None
         if self.device is not None and self.device.type == "cuda" and self.device.index is None:
             self.device = torch.device("cuda", torch.cuda.current_device())
@@ -144,7 +147,7 @@ class StepLoader:
             chosen = permutation[start : start + self.effective_batch_size]
             for part in chain.from_iterable(divide(chosen, lengths[chosen], self.batch_size, self.world_size)):
                 tokens += int(lengths[part].sum())
-                padding += int((lengths[part].max(initial=0) - lengths[part]).sum())
+                padding += int((self._padded(lengths[part].max(initial=0)) - lengths[part]).sum())
         return padding / (padding + tokens)
 
     def state_dict(self) -> State:
@@ -207,8 +210,15 @@ class StepLoader:
             state=step.state,
         )
 
+    def _padded(self, longest: int) -> int:
+        """Tokens of the rows of a micro-batch."""
+        multiple = -(-int(longest) // self.pad_to_multiple_of) * self.pad_to_multiple_of
+        return max(int(longest), min(multiple, self._max_length))
+
     def _collated(self, rows: Rows, part: np.ndarray) -> Inputs:
-        inputs = _with_positions(collate([rows[int(i)] for i in part], self.pad_token_id, attention=rows.attention))
+        length = self._padded(rows.num_tokens[part].max(initial=2))
+        items = [rows[int(i)] for i in part]
+        inputs = _with_positions(collate(items, self.pad_token_id, attention=rows.attention, length=length))
         if self.device is None or self.device.type != "cuda":
             return inputs
         with torch.cuda.device(self.device):  # a new thread stands on device 0, and would open a context there

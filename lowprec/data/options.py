@@ -70,6 +70,9 @@ class Data:
     """Longest sample, and the length of a packed row."""
     packing: bool = False
     """Several samples in a row of ``max_length``, none of which sees another."""
+    pad_to_multiple_of: Optional[int] = None  # noqa: UP045
+    """Rows are padded to the next multiple of so many tokens above the longest of their micro-batch. None: to the
+    longest; with ``train.cuda_graphs``, which wants few shapes, an eighth of ``max_length``, or all of it when packed."""
     overlong: str = "truncate"
     """For samples longer than ``max_length``: truncate, drop, or (plain text only) split into several."""
     untrained: str = "error"
@@ -86,13 +89,22 @@ class Data:
         _at_least("data.max_length", self.max_length, 2)
         _at_least("data.eval_samples", self.eval_samples, 1)
         _at_least("data.shuffle_buffer", self.shuffle_buffer, 1)
-        if self.max_samples is not None:
-            _at_least("data.max_samples", self.max_samples, 1)
+        for key in ("max_samples", "pad_to_multiple_of"):
+            if getattr(self, key) is not None:
+                _at_least(f"data.{key}", getattr(self, key), 1)
         if not 0 < self.eval_fraction < 1:
             raise UserError(
                 f"data.eval_fraction={self.eval_fraction} must lie between 0 and 1 (both excluded). "
                 "To evaluate on other data, set data.eval_path."
             )
+
+    def padding(self, few_shapes: bool) -> int:
+        """What ``pad_to_multiple_of`` stands for."""
+        if self.pad_to_multiple_of is not None:
+            return self.pad_to_multiple_of
+        if not few_shapes:
+            return 1
+        return self.max_length if self.packing else -(-self.max_length // 8)
 
 
 def _one_of(key: str, value: str, choices: tuple[str, ...]) -> None:

@@ -218,6 +218,7 @@ class Run:
             world_size=self.accelerator.num_processes,
             seed=options.seed,
             pad_token_id=self.tokenizer.pad_token_id,
+            pad_to_multiple_of=self.recipe.data.padding(few_shapes=self.activations.graphs is not None),
             device=self.accelerator.device,
         )
 

@@ -59,7 +59,15 @@ class Steps:
     """Loaders and what their batches hold."""
 
     @staticmethod
-    def loader(data: PreparedData, batch: int, steps: int, rank: int = 0, world: int = 1, seed: int = 3) -> StepLoader:
+    def loader(
+        data: PreparedData,
+        batch: int,
+        steps: int,
+        rank: int = 0,
+        world: int = 1,
+        seed: int = 3,
+        pad_to_multiple_of: int = 1,
+    ) -> StepLoader:
         return StepLoader(
             data,
             per_device_batch_size=batch,
@@ -68,6 +76,7 @@ class Steps:
             world_size=world,
             seed=seed,
             pad_token_id=256,
+            pad_to_multiple_of=pad_to_multiple_of,
         )
 
     @staticmethod

@@ -85,6 +85,23 @@ def test_padding_share_is_what_an_epoch_holds(steps: Any, prepared: Prepare) -> 
     assert one.padding_share == padding / (padding + tokens)
 
 
+@pytest.mark.parametrize("packing", [False, True])
+def test_rows_padded_to_a_multiple_come_in_few_lengths(steps: Any, prepared: Prepare, packing: bool) -> None:
+    data = prepared(packing=packing, max_length=250)
+    plain, padded = steps.loader(data, 4, 2), steps.loader(data, 4, 2, pad_to_multiple_of=100)
+    batches = steps.take(padded, padded.steps_per_epoch or 0)
+    for one, other in zip(steps.take(plain, len(batches)), batches, strict=True):
+        assert one.num_tokens == other.num_tokens and one.num_trained_tokens == other.num_trained_tokens
+        for few, more in zip(one.micro_batches, other.micro_batches, strict=True):
+            longest = few["input_ids"].shape[1]
+            assert more["input_ids"].shape[1] == min(-(-longest // 100) * 100, 250), "never beyond max_length"
+            assert (more["input_ids"][:, :longest] == few["input_ids"]).all()
+            assert (more["labels"][:, longest:] == IGNORE).all()
+            assert packing or (more["attention_mask"][:, longest:] == 0).all()
+    share = sum(b.num_padding for b in batches) / sum(b.num_padding + b.num_tokens for b in batches)
+    assert padded.padding_share == pytest.approx(share)
+
+
 @pytest.mark.parametrize("stop", [0, 1, 7, 9, 10, 17])
 def test_resuming_gives_the_same_remaining_batches(steps: Any, prepared: Prepare, stop: int) -> None:
     data = prepared(number=42)
