@@ -7,9 +7,8 @@ changes from step to step is copied to fixed places before, and results are copi
 
 Every layer has two graphs for each shape of input: forward (as the policy has it, under PyTorch's checkpoint where the
 layer is computed again), and backward, with that computation. With ``full`` and ``offload`` all graphs share the memory
-for what a layer needs while it runs, and three places: ``x`` for a layer's input and, after it, its result; ``g`` for
-the gradient of its result and, after it, of its input; one for the gradients of its parameters. With ``none`` each
-layer's graph holds what backward needs, and its result is the next one's input where it lies; the layers of one shape
+for what a layer needs while it runs, and two places: ``x`` for a layer's input and, after it, its result; ``g`` for the
+gradient of its result and, after it, of its input. With ``none`` each layer's graph holds what backward needs, and its result is the next one's input where it lies; the layers of one shape
 share that memory with those of another, so that passes of two shapes cannot be under way at a time.
 
 A shape is recorded when it comes for the third time, up to ``MOST_SHAPES`` of them; whatever else comes takes the
@@ -39,7 +38,7 @@ from torch.func import functional_call
 from torch.utils._pytree import tree_flatten, tree_unflatten
 from torch.utils.checkpoint import checkpoint
 
-from lowprec.activations.places import Flow, GradientPlace, Place
+from lowprec.activations.places import Flow, Place, copies, unowned
 from lowprec.data.documents import Documents
 from lowprec.layers.decode_buffer import release_decode_buffers
 
@@ -77,6 +76,10 @@ class Recorder:
                 graph.capture_end()
         return graph.replay
 
+    def left(self, tensor: torch.Tensor) -> torch.Tensor:
+        """What a recorded function left: replays write there again, and graphs recorded later may use the memory."""
+        return unowned(tensor)
+
 
 class LayerGraphs:
     """What the graphs of one model share, and what became of them."""
@@ -94,7 +97,6 @@ class LayerGraphs:
         """(a layer's function, key of a shape) -> its graphs."""
         self.seconds = 0.0
         self._flows: dict[Any, Flow] = {}
-        self._gradients: dict[Any, GradientPlace] = {}
         self._signatures: dict[Any, int] = {}
         self._last: tuple[tuple, int, tuple[torch.Tensor, ...]] | None = None
 
@@ -143,13 +145,6 @@ class LayerGraphs:
         """Whether a pass of another shape than this place's waits for its backward."""
         return any(other.runs for other in self.places.values() if other is not place)
 
-    def gradients_of(self, parameters: Sequence[torch.Tensor]) -> GradientPlace:
-        """The place for gradients of parameters of these shapes: layers that are alike share one."""
-        key = tuple((p.shape, p.dtype, p.device) for p in parameters)
-        if key not in self._gradients:
-            self._gradients[key] = GradientPlace(parameters)
-        return self._gradients[key]
-
     def give_up(self, error: BaseException) -> None:
         """No graphs from now on."""
         while error.__context__ is not None:  # the first error is the cause, the last one that recording had failed
@@ -159,7 +154,6 @@ class LayerGraphs:
         self.places.clear()
         self.recorded.clear()
         self._flows.clear()
-        self._gradients.clear()
 
 
 class GraphedLayer:
@@ -259,11 +253,11 @@ class _Recorded:
         recompute, flow, recorder = graphs.recompute, place.flow, graphs.recorder
         self.parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
-        self._gradients = graphs.gradients_of(self.parameters)
         self._needs_input = hidden.requires_grad
         self.x = flow.x if recompute else flow.input_of(hidden)
         self.y = self.x
-        self._edge: Any = None
+        self._held: Any = None
+        self._found: Sequence[torch.Tensor | None] = ()
         self._running: weakref.ref[_Run] | None = None
         kind = hidden.device.type
         options = {"enabled": torch.is_autocast_enabled(kind), "cache_enabled": False}
@@ -283,29 +277,32 @@ class _Recorded:
                 y = again(leaf) if recompute else aliased(leaf)
             if not isinstance(y, torch.Tensor) or y.shape != hidden.shape or y.dtype != hidden.dtype:
                 raise TypeError(f"{type(layer).__name__} gives something else than it is given")
-            self._edge = get_gradient_edge(y)
+            self._held = get_gradient_edge(y), y.detach()
             if recompute:
                 self.x.copy_(y.detach())
             else:
-                self.y = y.detach()  # in memory that replays keep writing to, whoever holds it
+                self.y = y.detach()
 
         def backward() -> None:
             wanted = [*([leaf] if self._needs_input else []), *aliases]
-            found = torch.autograd.grad(self._edge, wanted, flow.g, retain_graph=not recompute, allow_unused=True)
-            self._used = self._gradients.fill(found[self._needs_input :])
+            found = torch.autograd.grad(self._held[0], wanted, flow.g, retain_graph=not recompute, allow_unused=True)
+            self._found = found[self._needs_input :]
             if self._needs_input:
                 flow.g.copy_(found[0])
 
         with torch.no_grad():
             self._forward = recorder.record(forward)
             self._backward = recorder.record(backward)
+        self._found = [None if gradient is None else recorder.left(gradient) for gradient in self._found]
         if recompute:
             self.give_memory_back()
+        else:
+            self.y = recorder.left(self.y)
         place.forget()
 
     def give_memory_back(self) -> None:
         """Let graphs that are recorded from now on use the memory that this one's replays write to."""
-        self._edge = None
+        self._held = None
 
     def is_current(self) -> bool:
         """Whether the parameters are where they were, and, where the graphs hold what backward needs, nobody needs what
@@ -339,7 +336,7 @@ class _Recorded:
         self._backward()
         self._running = None
         self.place.runs.discard(run)
-        return self.flow.g if self._needs_input else None, *self._gradients.taken(self._used)
+        return self.flow.g if self._needs_input else None, *copies(self._found)
 
 
 class _Call(nn.Module):

@@ -84,34 +84,34 @@ class Place:
         self._sources = [None] * len(self.arguments)
 
 
-class GradientPlace:
-    """The gradients of a layer's parameters side by side, one tensor for each dtype."""
+def copies(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
+    """Contiguous copies, side by side in one tensor for each dtype; None stays None."""
+    found = [gradient for gradient in gradients if gradient is not None]
+    if not found:
+        return list(gradients)
+    sizes: dict[torch.dtype, list[int]] = {}
+    for gradient in found:
+        sizes.setdefault(gradient.dtype, []).append(-(-gradient.numel() // ALIGNMENT) * ALIGNMENT)
+    flat = {kind: torch.empty(sum(parts), dtype=kind, device=found[0].device) for kind, parts in sizes.items()}
+    pieces = {kind: iter(whole.split(sizes[kind])) for kind, whole in flat.items()}
+    made = [next(pieces[g.dtype])[: g.numel()].view(g.shape) for g in found]
+    torch._foreach_copy_(made, found)
+    ready = iter(made)
+    return [None if gradient is None else next(ready) for gradient in gradients]
 
-    def __init__(self, parameters: Sequence[torch.Tensor]) -> None:
-        self._parameters = [(p.dtype, p.shape, -(-p.numel() // ALIGNMENT) * ALIGNMENT) for p in parameters]
-        sizes: dict[torch.dtype, int] = {}
-        for dtype, _, size in self._parameters:
-            sizes[dtype] = sizes.get(dtype, 0) + size
-        device = parameters[0].device if parameters else None
-        self._flat = {dtype: torch.zeros(size, dtype=dtype, device=device) for dtype, size in sizes.items()}
-        self._views = self._split(self._flat)
 
-    def _split(self, flat: dict[torch.dtype, torch.Tensor]) -> list[torch.Tensor]:
-        parts = {
-            dtype: iter(whole.split([size for kind, _, size in self._parameters if kind == dtype]))
-            for dtype, whole in flat.items()
-        }
-        return [next(parts[dtype])[: shape.numel()].view(shape) for dtype, shape, _ in self._parameters]
+class _Memory:
+    """So many bytes of a CUDA device from an address on, for ``torch.as_tensor``."""
 
-    def fill(self, gradients: Sequence[torch.Tensor | None]) -> list[bool]:
-        """Copy what one layer's backward found; False for a parameter that it does not use (None)."""
-        pairs = [(view, g) for view, g in zip(self._views, gradients, strict=True) if g is not None]
-        if pairs:
-            views, found = zip(*pairs, strict=True)
-            torch._foreach_copy_(list(views), list(found))
-        return [gradient is not None for gradient in gradients]
+    def __init__(self, address: int, nbytes: int) -> None:
+        described = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3}
+        self.__cuda_array_interface__ = described
 
-    def taken(self, used: Sequence[bool]) -> list[torch.Tensor | None]:
-        """Copies of the gradients of the used parameters: the place is free again."""
-        parts = self._split({dtype: whole.clone() for dtype, whole in self._flat.items()})
-        return [part if is_used else None for part, is_used in zip(parts, used, strict=True)]
+
+def unowned(tensor: torch.Tensor) -> torch.Tensor:
+    """A tensor on the same memory that does not keep the allocator from giving it to others."""
+    if not tensor.numel():
+        return tensor
+    span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
+    flat = torch.as_tensor(_Memory(tensor.data_ptr(), span * tensor.itemsize), device=tensor.device)
+    return flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())

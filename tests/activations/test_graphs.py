@@ -48,6 +48,9 @@ class Rehearsal:
 
         return replay
 
+    def left(self, tensor):
+        return tensor
+
 
 def graphed(model, policy, monkeypatch):
     recorder = Rehearsal()
