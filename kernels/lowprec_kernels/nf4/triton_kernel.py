@@ -4,8 +4,8 @@ Definitions: reference.py. Traffic an element: 0.52 bytes read, 2 written in bf1
 Block scales are decoded in the kernel, with double quantisation too: no pass of their own, no fp32 copy of them.
 Everything is addressed in units, neighbours in memory that lie within one row and share a scale.
 
-What bounds 8 bits is instructions. In the loops of the code that Triton 3.6 makes for sm_90 an element takes 6.4 to 10.3
-of them, where it took 18.5 to 36.8 with a program for each tile:
+What bounds 8 bits is instructions. In the loops of the code that Triton 3.6 makes for sm_90 an element takes 6.4 to
+10.3 of them, where it took 18.5 to 36.8 with a program for each tile:
 - a byte, two elements, is one lookup in a table of 256 words, which a program makes for itself;
 - the signs are made once a program, which stays for several tiles;
 - the scales of a unit and of its row are one factor, applied after a rotation that stays within the unit;
@@ -36,23 +36,23 @@ def _pair_table(levels_ptr):
 
 
 @triton.jit
-def _table(levels_ptr, EXACT: tl.constexpr):
-    """What ``_levels`` looks up: the levels themselves, or pairs of them in fp16."""
-    return tl.load(levels_ptr + tl.arange(0, 16)) if EXACT else _pair_table(levels_ptr)
+def _table(levels_ptr, PAIRS: tl.constexpr):
+    """What ``_levels`` looks up."""
+    return _pair_table(levels_ptr) if PAIRS else tl.load(levels_ptr + tl.arange(0, 16))
 
 
 @triton.jit
-def _levels(packed_ptr, unit, there, table, UNIT: tl.constexpr, EXACT: tl.constexpr):
-    """The levels of units [n], zeros outside: [n, UNIT], fp32 if EXACT, else fp16."""
+def _levels(packed_ptr, unit, there, table, UNIT: tl.constexpr, PAIRS: tl.constexpr):
+    """The levels of units [n], whatever outside: [n, UNIT], fp16 if PAIRS, else fp32."""
     half = tl.arange(0, UNIT // 2)
     packed = tl.load(packed_ptr + unit.to(tl.int64)[:, None] * (UNIT // 2) + half[None, :], there[:, None], 0)
     pair = tl.ravel(packed).to(tl.int32)
-    if EXACT:
-        z = tl.join(tl.gather(table, pair >> 4, 0), tl.gather(table, pair & 15, 0))
-    else:
+    if PAIRS:
         word = tl.gather(table, pair, 0)
         first, second = word.to(tl.int16), (word >> 16).to(tl.int16)
         z = tl.join(first.to(tl.float16, bitcast=True), second.to(tl.float16, bitcast=True))
+    else:
+        z = tl.join(tl.gather(table, pair >> 4, 0), tl.gather(table, pair & 15, 0))
     return tl.reshape(z, [packed.shape[0], UNIT])
 
 
@@ -83,13 +83,13 @@ def _decode_rows(
     packed_ptr, levels_ptr, absmax_ptr, absmax_levels_ptr, absmax_scale_ptr, absmax_offset_ptr, scale_ptr, out_ptr,
     units, units_a_row, tiles, PROGRAMS,
     BLOCK: tl.constexpr, ABSMAX_BLOCK: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, IN_BLOCK: tl.constexpr,
-    NORM: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr, FP32: tl.constexpr, STAGES: tl.constexpr,
+    NORM: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr, PAIRS: tl.constexpr, FP32: tl.constexpr,
+    STAGES: tl.constexpr,
 ):  # fmt: skip
     """UNITS units at a time, as they lie in memory; IN_BLOCK is a unit or several."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
-    EXACT: tl.constexpr = IN_BLOCK == 1 and not CODES
     WITHIN: tl.constexpr = IN_BLOCK == UNIT
-    table = _table(levels_ptr, EXACT)
+    table = _table(levels_ptr, PAIRS)
     if IN_BLOCK > 1:
         h = signs(IN_BLOCK, True).to(tl.float16) if WITHIN else signs(IN_BLOCK, FP32)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=STAGES):
@@ -101,9 +101,9 @@ def _decode_rows(
             factor *= NORM / tl.load(scale_ptr + unit // units_a_row, there, 1.0)
         elif IN_BLOCK > 1:
             factor *= NORM
-        z = _levels(packed_ptr, unit, there, table, UNIT, EXACT)
+        z = _levels(packed_ptr, unit, there, table, UNIT, PAIRS)
         if WITHIN:
-            z = tl.dot(z, h)
+            z = tl.dot(z.to(tl.float16), h)
         z = z.to(tl.float32)
         if IN_BLOCK > UNIT:
             z = tl.reshape(z * factor[:, None], [UNITS * UNIT // IN_BLOCK, IN_BLOCK]).to(h.dtype)
@@ -119,15 +119,15 @@ def _decode_columns(
     packed_ptr, levels_ptr, absmax_ptr, absmax_levels_ptr, absmax_scale_ptr, absmax_offset_ptr, scale_ptr, out_ptr,
     rows, dim, padded, units_a_row, tiles, PROGRAMS,
     BLOCK: tl.constexpr, ABSMAX_BLOCK: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, NORM: tl.constexpr, LARGEST: tl.constexpr, FP32: tl.constexpr,
-    STAGES: tl.constexpr,
+    IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, NORM: tl.constexpr, LARGEST: tl.constexpr, PAIRS: tl.constexpr,
+    FP32: tl.constexpr, STAGES: tl.constexpr,
 ):  # fmt: skip
     """ROWS by COLUMNS at a time, down a strip of columns; COLUMNS is IN_BLOCK where that rotates, ROWS a multiple of
     ROW_BLOCK."""
     UNITS: tl.constexpr = COLUMNS // UNIT
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     factor = NORM / tl.load(scale_ptr + column, column < dim, 1.0)
-    table = _pair_table(levels_ptr)
+    table = _table(levels_ptr, PAIRS)
     if IN_BLOCK > 1:
         h = signs(IN_BLOCK, FP32)
     if ROW_BLOCK > 1:
@@ -140,7 +140,7 @@ def _decode_columns(
         unit = unit_row * units_a_row + start
         block = unit // (BLOCK // UNIT)
         absmax = _scales(absmax_ptr, absmax_levels_ptr, absmax_scale_ptr, absmax_offset_ptr, block, there, ABSMAX_BLOCK)
-        z = _levels(packed_ptr, unit, there, table, UNIT, False).to(tl.float32)
+        z = _levels(packed_ptr, unit, there, table, UNIT, PAIRS).to(tl.float32)
         z = tl.reshape(z * absmax[:, None], [ROWS, COLUMNS])
         if IN_BLOCK > 1:
             z = tl.dot(z.to(h.dtype), h, input_precision="ieee")
@@ -165,6 +165,9 @@ class Settings(NamedTuple):
     """Programs a multiprocessor; 0: one for each tile."""
     registers: int | None = None
     """A thread's at most; None: as many as the compiler likes."""
+    pairs: bool = True
+    """Codes look up two levels at once in fp16: half the instructions, but threads meet in banks of shared memory, which
+    16 levels do not. Values are always looked up one by one, in fp32."""
 
 
 def settings_for(elements: int, rotated: bool, codes: bool, transposed: bool) -> Settings:
@@ -197,7 +200,7 @@ def decode_nf4(
     if out.numel() == 0:
         return
     chosen = settings or settings_for(out.numel(), in_block > 1 or row_block > 1, scale is not None, transposed)
-    (tall, wide), warps, stages, per_core, registers = chosen
+    (tall, wide), warps, stages, per_core, registers, pairs = chosen
     elements = max(tall * wide, 16 * in_block if in_block > 1 else 1)
     wide = in_block if in_block > 1 else wide
     unit = min(wide, weight.block_size, dim & -dim)  # the largest power of two that divides a row
@@ -214,7 +217,7 @@ def decode_nf4(
         programs = min(tiles, max(1, at_once // strips)) if per_core else tiles
         _decode_columns[(programs, strips)](
             *pointers, rows, dim, padded, dim // unit, tiles, programs, weight.block_size, absmax_block, unit, tall,
-            wide, in_block, row_block, norm, largest, INTERPRETED, stages, num_warps=warps, maxnreg=registers,
+            wide, in_block, row_block, norm, largest, pairs, INTERPRETED, stages, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
         return
     units, units_at_once = rows * dim // unit, elements // unit
@@ -222,5 +225,6 @@ def decode_nf4(
     programs = min(tiles, at_once) if per_core else tiles
     _decode_rows[(programs,)](
         *pointers, units, dim // unit, tiles, programs, weight.block_size, absmax_block, unit, units_at_once, in_block,
-        norm, largest, scale is not None, INTERPRETED, stages, num_warps=warps, maxnreg=registers,
+        norm, largest, scale is not None, pairs and scale is not None, INTERPRETED, stages, num_warps=warps,
+        maxnreg=registers,
     )  # fmt: skip
