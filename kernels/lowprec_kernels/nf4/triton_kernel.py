@@ -4,8 +4,8 @@ Definitions: reference.py. Traffic an element: 0.52 bytes read, 2 written in bf1
 Block scales are decoded in the kernel, with double quantisation too: no pass of their own, no fp32 copy of them.
 Everything is addressed in units, neighbours in memory that lie within one row and share a scale.
 
-What bounds 8 bits is instructions. In the loops of the code that Triton 3.6 makes for sm_90 an element takes 6.4 to
-10.3 of them, where it took 18.5 to 36.8 with a program for each tile:
+To 8 bits an element takes 6.4 to 10.3 instructions in the loops of the code that Triton 3.6 makes for sm_90, where it
+took 18.5 to 36.8 with a program for each tile:
 - a byte, two elements, is one lookup in a table of 256 words, which a program makes for itself;
 - the signs are made once a program, which stays for several tiles;
 - the scales of a unit and of its row are one factor, applied after a rotation that stays within the unit;
@@ -166,8 +166,8 @@ class Settings(NamedTuple):
     registers: int | None = None
     """A thread's at most; None: as many as the compiler likes."""
     pairs: bool = True
-    """Codes look up two levels at once in fp16: half the instructions, but threads meet in banks of shared memory, which
-    16 levels do not. Values are always looked up one by one, in fp32."""
+    """Codes look up two levels at once, in fp16: half as many lookups, but 256 words share the 32 banks of shared
+    memory, where 16 levels have one each. Values are always looked up one by one, in fp32."""
 
 
 def settings_for(elements: int, rotated: bool, codes: bool, transposed: bool) -> Settings:
