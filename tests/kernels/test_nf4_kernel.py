@@ -89,6 +89,52 @@ def test_codes_of_the_kernel_in_both_orientations(kernel, case, dtype, rotated):
         assert sqnr_db(z, dequantize(codes, scale)) >= sqnr_db(z, dequantize(expected, scale)) - 3 - cut
 
 
+@pytest.mark.parametrize("case", [cases.SMALL[3], cases.SMALL[4], cases.SMALL[5]], ids=str)
+def test_programs_that_stay_for_several_tiles(kernel, case):
+    weight, _ = packed(case)
+    plain = reference.decode(weight, case.rows, case.dim)
+    for few in (kernel.Settings((16, 64), 4, 1, 1), kernel.Settings((32, 32), 4, 2, 2, None, False)):
+        values = torch.empty_like(plain)
+        kernel.decode_nf4(weight, case.rows, values, settings=few)
+        torch.testing.assert_close(values, plain, rtol=1e-6, atol=1e-6)
+        for in_block, row_block, transposed in ((1, 1, False), (16, 1, False), (1, 1, True), (1, 16, True)):
+            if transposed:
+                expected, scale = quantize_columns(plain, row_block, torch.int8)
+            else:
+                expected, scale = quantize_rows(plain, in_block, torch.int8)
+            codes = torch.full_like(expected, 99)
+            kernel.decode_nf4(weight, case.rows, codes, scale, in_block, row_block, transposed, settings=few)
+            difference = (codes.int() - expected.int()).abs()
+            assert difference.max() <= 1 and difference.float().mean() < 0.05
+
+
+@pytest.mark.parametrize("double_quant", [False, True])
+def test_rotation_over_several_blocks(kernel, double_quant):
+    case = cases.Case(40, 256, 64, double_quant)
+    weight, _ = packed(case)
+    plain = reference.decode(weight, case.rows, case.dim)
+    expected, scale = quantize_rows(plain, 128, torch.int8)
+    codes = torch.empty_like(expected)
+    kernel.decode_nf4(weight, case.rows, codes, scale, 128)
+    assert (codes.int() - expected.int()).abs().max() <= 1
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_codes_by_scales_that_are_too_small_saturate(kernel, dtype):
+    case = cases.Case(32, 64)
+    weight, _ = packed(case)
+    plain = reference.decode(weight, case.rows, case.dim)
+    for transposed in (False, True):
+        scale = plain.abs().amax(0 if transposed else 1) / 2000
+        codes = torch.empty(plain.t().shape if transposed else plain.shape, dtype=dtype, device=DEVICE)
+        expected = torch.empty_like(codes)
+        kernel.decode_nf4(weight, case.rows, codes, scale, 1, 1, transposed)
+        reference.decode_nf4(weight, case.rows, expected, scale, 1, 1, transposed)
+        largest = expected.float().abs().max()
+        assert codes.float().abs().max() == largest
+        assert torch.equal(codes.float().abs() == largest, expected.float().abs() == largest)
+
+
 def test_the_floor_counts_every_byte_once():
     case = cases.Case(4096, 4096)
     assert case.floor_bytes(2) / 4096**2 == pytest.approx(0.5 + 1 / 64 + 4 / 64 / 256 + 2)
