@@ -8,8 +8,9 @@ changes from step to step is copied to fixed places before, and results are copi
 Every layer has two graphs for each shape of input: forward (as the policy has it, under PyTorch's checkpoint where the
 layer is computed again), and backward, with that computation. With ``full`` and ``offload`` all graphs share the memory
 for what a layer needs while it runs, and two places: ``x`` for a layer's input and, after it, its result; ``g`` for the
-gradient of its result and, after it, of its input. With ``none`` each layer's graph holds what backward needs, and its result is the next one's input where it lies; the layers of one shape
-share that memory with those of another, so that passes of two shapes cannot be under way at a time.
+gradient of its result and, after it, of its input. With ``none`` each layer's graph holds what backward needs, and its
+result is the next one's input where it lies; the layers of one shape share that memory with those of another, so that
+passes of two shapes cannot be under way at a time.
 
 A shape is recorded when it comes for the third time, up to ``MOST_SHAPES`` of them; whatever else comes takes the
 ordinary path, with the same numbers. So does a layer that is watched (hooks, modes that see every operation), that
@@ -293,7 +294,8 @@ class _Recorded:
         with torch.no_grad():
             self._forward = recorder.record(forward)
             self._backward = recorder.record(backward)
-        self._found = [None if gradient is None else recorder.left(gradient) for gradient in self._found]
+        found: Sequence[torch.Tensor | None] = self._found
+        self._found = [None if gradient is None else recorder.left(gradient) for gradient in found]
         if recompute:
             self.give_memory_back()
         else:
