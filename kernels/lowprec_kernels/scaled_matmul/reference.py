@@ -1,7 +1,7 @@
 """The product of 8-bit matrices with their scales: the definition.
 
-Y[m, n] = s_a[m] s_b[n] sum over k of A[m, k] B[n, k], plus bias[n], plus a term of low rank that is not scaled, sum over
-r of L[m, r] U[n, r] (LoRA's: L = X A^T, U = B). A and B lie along the contraction ("TN"), the only order that 8-bit
+Y[m, n] = s_a[m] s_b[n] sum over k of A[m, k] B[n, k], plus bias[n], plus a term of low rank, sum over r of L[m, r]
+U[n, r] (of a LoRA layer: L = s X A^T, U = B). A and B lie along the contraction ("TN"), the only order that 8-bit
 tensor cores read. Scales are fp32, one element (a tensor scale) or one a row.
 """
 
@@ -35,5 +35,5 @@ def scaled_matmul(
 
 
 def add_low_rank(y: torch.Tensor, low: torch.Tensor | None, up: torch.Tensor | None) -> torch.Tensor:
-    """The term of low rank added in place to ``y [M, N]``, in its dtype: where the product was not the one to add it."""
+    """``y [M, N]`` plus the term of low rank, in place and in its dtype: where the product does not add it."""
     return y if low is None or up is None else y.addmm_(low, up.to(y.dtype).t())
