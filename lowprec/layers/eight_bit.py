@@ -76,9 +76,16 @@ class SharedInput:
         return self._codes[key]
 
 
-def shared_forward_product(inputs: SharedInput, weight: Codes, bias: torch.Tensor | None, plan: Plan) -> torch.Tensor:
-    """Y in the dtype of X, of an input that other products read, too."""
-    return scaled_matmul(*inputs.codes(plan), *weight, bias, inputs.x.dtype, plan.fast_accumulation)
+def shared_forward_product(
+    inputs: SharedInput,
+    weight: Codes,
+    bias: torch.Tensor | None,
+    plan: Plan,
+    low: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Y in the dtype of X, of an input that other products read, too; plus ``low [tokens, r] up [out, r]^T``."""
+    return scaled_matmul(*inputs.codes(plan), *weight, bias, inputs.x.dtype, plan.fast_accumulation, low, up)
 
 
 def forward_product(

@@ -210,9 +210,16 @@ class FrozenEightBitLinear(_EightBitLinear):
         factor = None if self.factor_bits is None else self.factor_bits.view(torch.float32)
         return self.backward_bits.view(torch.float32), factor
 
-    def base_product(self, inputs: SharedInput, bias: torch.Tensor | None) -> torch.Tensor:
-        """Y = X W^T + b, ``[tokens, out]``, without autograd: for functions of more than this layer."""
-        return shared_forward_product(inputs, self._codes(), bias, self.plan)
+    def base_product(
+        self,
+        inputs: SharedInput,
+        bias: torch.Tensor | None,
+        low: torch.Tensor | None = None,
+        up: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Y = X W^T + b + L B^T, ``[tokens, out]``, without autograd: for functions of more than this layer. L
+        (``low [tokens, r]``) is in the dtype of X, B (``up [out, r]``) in any."""
+        return shared_forward_product(inputs, self._codes(), bias, self.plan, low, up)
 
     def base_gradient(self, error: torch.Tensor) -> torch.Tensor:
         """E W, ``[tokens, in]``, for ``error [tokens, out]``, without autograd."""

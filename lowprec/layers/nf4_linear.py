@@ -13,6 +13,7 @@ import bitsandbytes as bnb
 import torch
 from lowprec_kernels.nf4.reference import Packed
 from lowprec_kernels.quantize_rows.reference import padded_rows
+from lowprec_kernels.scaled_matmul.reference import add_low_rank
 from torch import nn
 from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
@@ -98,21 +99,28 @@ class NF4Linear(bnb.nn.Linear4bit):
         y = _Product.apply(x.to(self.compute_dtype).reshape(-1, self.in_features), self.bias, self)
         return y.view(*x.shape[:-1], self.out_features).to(x.dtype)
 
-    def base_product(self, inputs: SharedInput, bias: torch.Tensor | None) -> torch.Tensor:
-        """Y = X W^T + b, ``[tokens, out]`` in the dtype of X, without autograd."""
+    def base_product(
+        self,
+        inputs: SharedInput,
+        bias: torch.Tensor | None,
+        low: torch.Tensor | None = None,
+        up: torch.Tensor | None = None,
+    ) -> torch.Tensor:
+        """Y = X W^T + b + L B^T, ``[tokens, out]`` in the dtype of X, without autograd. L (``low [tokens, r]``) is in
+        the dtype of X, B (``up [out, r]``) in any."""
         x, plan = inputs.x, self.plan
         if x.device.type == "cuda" and x.shape[0] <= FEW_TOKENS:
             y = bnb.matmul_4bit(x, self.weight, quant_state=self.weight.quant_state)  # type: ignore[attr-defined]
-            return y if bias is None else y.add_(bias)
+            return add_low_rank(y if bias is None else y.add_(bias), low, up)
         dtype = x.dtype if plan is None else plan.dtype
         with decode_buffer(x.device).lend((self.out_features, self.in_features), dtype) as w:
             if plan is None:
                 decode_nf4(*self.stored, self.out_features, w)
-                return F.linear(x, w, None if bias is None else bias.to(x.dtype))
+                return add_low_rank(F.linear(x, w, None if bias is None else bias.to(x.dtype)), low, up)
             assert self.row_bits is not None
             scale = self.row_bits.view(torch.float32)
             decode_nf4(*self.stored, self.out_features, w, scale, plan.in_block)
-            return shared_forward_product(inputs, Codes(w, scale), bias, plan)
+            return shared_forward_product(inputs, Codes(w, scale), bias, plan, low, up)
 
     def base_gradient(self, error: torch.Tensor) -> torch.Tensor:
         """E W, ``[tokens, in]``, for ``error [tokens, out]``, without autograd."""

@@ -1,6 +1,7 @@
 """The frozen layers that LoRA can be fused with, and their two products as plain functions of tensors."""
 
 import torch
+from lowprec_kernels.scaled_matmul.reference import add_low_rank
 from torch import nn
 from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
@@ -26,12 +27,20 @@ def why_not(base: nn.Module) -> str | None:
     return None
 
 
-def product(base: nn.Module, inputs: SharedInput, bias: torch.Tensor | None) -> torch.Tensor:
-    """Y = X W^T + b: ``[tokens, out]`` in the dtype of X."""
+def product(
+    base: nn.Module, inputs: SharedInput, bias: torch.Tensor | None, low: torch.Tensor, up: torch.Tensor
+) -> torch.Tensor:
+    """Y = X W^T + b + L B^T: ``[tokens, out]`` in the dtype of X, of ``low [tokens, r]`` in the same dtype and ``up
+    [out, r]``."""
     if _own_products(base):
-        return base.base_product(inputs, bias)  # type: ignore[operator]
+        return base.base_product(inputs, bias, low, up)  # type: ignore[operator]
     x = inputs.x
-    return F.linear(x, _weight(base, x.dtype), None if bias is None else bias.to(x.dtype))
+    return add_low_rank(F.linear(x, _weight(base, x.dtype), None if bias is None else bias.to(x.dtype)), low, up)
+
+
+def casts_up(base: nn.Module) -> bool:
+    """Whether B may come in any dtype without costing one more kernel: 8-bit products read it as it is."""
+    return _own_products(base) and base.plan is not None
 
 
 def add_gradient(base: nn.Module, error: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:

@@ -4,7 +4,7 @@ Shapes: X [tokens, in], W_i [out_i, in], A_i [r_i, in], B_i [out_i, r_i], E_i = 
 of the r_i, s_i = alpha_i / r_i.
 
     L_i = s_i X A_i^T                               [tokens, R], one product for all
-    Y_i = X W_i^T + b_i + L_i B_i^T                 the second term added in place
+    Y_i = X W_i^T + b_i + L_i B_i^T                 the last term by the product itself in 8 bits, else in place
     P_i = s_i E_i B_i                               [tokens, R]
     E_X = sum_i E_i W_i + P A                       summed in place
     dA  = P^T X        dB_i = E_i^T L_i             one product for all dA
@@ -51,7 +51,7 @@ class _Work:
     low: torch.Tensor
     """L ``[tokens, R]``"""
     b: Sequence[torch.Tensor]
-    """The B_i in the dtype of X."""
+    """The B_i, in the dtype of X where a base would cast them one by one."""
 
 
 def project(x: torch.Tensor, projections: Sequence[Projection]) -> tuple[torch.Tensor, ...]:
@@ -74,7 +74,8 @@ class _Keep(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         ctx.scalings = [p.scaling for p in projections]
         ctx.ranks = [a_i.shape[0] for a_i in a]
-        a_cast, b_cast = _cast(a, b, x.dtype)
+        as_they_are = all(bases.casts_up(p.base) for p in projections)
+        a_cast, b_cast = _cast(a, () if as_they_are else b, x.dtype)
         low = _small_product(flat, a_cast, ctx.ranks, ctx.scalings)
         ctx.save_for_backward(x, low)
         # Not saved: they outlive the graph, and each tensor saved costs a checkpoint three calls of hooks on the host.
@@ -82,7 +83,7 @@ class _Keep(torch.autograd.Function):
         ctx.bases = [p.base for p in projections]
         ctx.bias_dtypes = [None if p.bias is None else p.bias.dtype for p in projections]
         ctx.set_materialize_grads(False)
-        work.append(_Work(projections, flat, low, b_cast))
+        work.append(_Work(projections, flat, low, b if as_they_are else b_cast))
         shapes = [(*x.shape[:-1], b_i.shape[0]) for b_i in b]
         return tuple(x.new_empty_strided(shape, (0,) * x.ndim) for shape in shapes)
 
@@ -136,8 +137,7 @@ class _Fill(torch.autograd.Function):
         ranks = [p.a.shape[0] for p in work.projections]
         outputs = []
         for p, place, low, b in zip(work.projections, places, work.low.split(ranks, 1), work.b, strict=True):
-            y = bases.product(p.base, inputs, p.bias)
-            outputs.append(y.addmm_(low, b.t()).view(place.shape))
+            outputs.append(bases.product(p.base, inputs, p.bias, low, b).view(place.shape))
         return tuple(outputs)
 
     @staticmethod

@@ -5,13 +5,16 @@ On a Hopper GPU int8 and fast-accumulating e4m3 products go through the persiste
 keep fp32 sums go through cuBLAS by ``torch._scaled_mm``.
 """
 
+from functools import cache
+
 import torch
 from lowprec_kernels.scaled_matmul import reference
+from lowprec_kernels.scaled_matmul.reference import add_low_rank
 
 from lowprec.ops.backends import FP8, Backend, choose, define, lazily, no_hopper, no_triton
 
 
-def _no_persistent(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> str | None:
+def _no_persistent(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation, low=None, up=None) -> str | None:
     if a.dtype == FP8 and not fast_accumulation:
         return "it sums e4m3 products as the tensor cores do, and fp32 sums were asked for"
     if out_dtype.itemsize != 2:
@@ -21,7 +24,7 @@ def _no_persistent(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -
     return no_hopper(a.device)
 
 
-def _no_torch(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> str | None:
+def _no_torch(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation, low=None, up=None) -> str | None:
     if a.dtype != FP8:
         return "torch._scaled_mm takes fp8 only"
     if 0 in (*a.shape, *b.shape):
@@ -31,7 +34,7 @@ def _no_torch(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> str
     return no_triton(a.device, FP8)  # the same conditions: CUDA, 8.9 or newer
 
 
-def _run_torch(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> torch.Tensor:
+def _run_torch(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation, low=None, up=None) -> torch.Tensor:
     """One scale each, or row scales for both, since cuBLAS takes no mixture: one of them alone is expanded."""
     if scale_a.numel() > 1 or scale_b.numel() > 1:
         scale_a = scale_a.reshape(-1, 1).expand(a.shape[0], 1).contiguous()
@@ -39,10 +42,10 @@ def _run_torch(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> to
     y = torch._scaled_mm(
         a, b.t(), scale_a=scale_a, scale_b=scale_b, out_dtype=out_dtype, use_fast_accum=fast_accumulation
     )
-    return y if bias is None else y + bias.to(y.dtype)
+    return add_low_rank(y if bias is None else y + bias.to(y.dtype), low, up)
 
 
-def _no_simple(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation) -> str | None:
+def _no_simple(a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation, low=None, up=None) -> str | None:
     return no_triton(a.device, a.dtype)
 
 
@@ -54,20 +57,37 @@ BACKENDS = (
 )
 
 
-def _run(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False):
+FUSED_RANK = 64
+"""Up to this rank the kernels add the term of low rank: each 16 of it are one more wait of their epilogue."""
+
+
+def _run(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False, low=None, up=None):
     args = (a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation)
-    return choose(BACKENDS, *args).run(*args)
+    if low is None or _fuses(low):
+        return choose(BACKENDS, *args).run(*args, low, up)
+    return add_low_rank(choose(BACKENDS, *args).run(*args), low, up)
 
 
-def _fake(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False):
+def _fuses(low: torch.Tensor) -> bool:
+    return low.shape[1] <= FUSED_RANK and low.dtype.itemsize == 2 and low.stride(1) == 1 and _tried(low.device)
+
+
+@cache
+def _tried(device: torch.device) -> bool:
+    """Whether Triton's products in registers are as the kernels count on: not after Hopper."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0)
+
+
+def _fake(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False, low=None, up=None):
     return a.new_empty(a.shape[0], b.shape[0], dtype=out_dtype)
 
 
 scaled_matmul = define(
     "scaled_matmul(Tensor a, Tensor scale_a, Tensor b, Tensor scale_b, Tensor? bias=None,"
-    " ScalarType out_dtype=bfloat16, bool fast_accumulation=False) -> Tensor",
+    " ScalarType out_dtype=bfloat16, bool fast_accumulation=False, Tensor? low=None, Tensor? up=None) -> Tensor",
     _run,
     _fake,
 )
-"""``scaled_matmul(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False)``: ``a [M,
-K]``, ``b [N, K]``, scales ``[M]`` or one, ``[N]`` or one, give ``[M, N]``; see the reference."""
+"""``scaled_matmul(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False, low=None,
+up=None)``: ``a [M, K]``, ``b [N, K]``, scales ``[M]`` or one, ``[N]`` or one, ``low [M, r]``, ``up [N, r]``, give ``[M,
+N]``; see the reference."""

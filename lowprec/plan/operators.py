@@ -43,8 +43,17 @@ def _mm(a: torch.Tensor, b: torch.Tensor) -> tuple[Product, ...]:
 
 
 def _codes(args: Sequence[Any], outputs: Sequence[torch.Tensor]) -> tuple[Product, ...]:
+    from lowprec.ops.scaled_matmul import FUSED_RANK  # imported already: the operator exists
+
     a, b = args[0], args[2]  # lowprec::scaled_matmul: [M, K], [N, K]
-    return (Product(KIND_OF[a.dtype], a.shape[0], b.shape[0], a.shape[1]),)
+    (m, k), n = a.shape, b.shape[0]
+    low = args[7] if len(args) > 7 else None  # [M, r]
+    if low is None:
+        return (Product(KIND_OF[a.dtype], m, n, k),)
+    if low.shape[1] > FUSED_RANK:
+        return Product(KIND_OF[a.dtype], m, n, k), Product(KIND_OF[low.dtype], m, n, low.shape[1])
+    # Part of the same kernel, which writes its result once: told apart, the term would be charged for that again.
+    return (Product(KIND_OF[a.dtype], m, n, k + low.shape[1]),)
 
 
 def _packed(args: Sequence[Any], outputs: Sequence[torch.Tensor]) -> tuple[Product, ...]:

@@ -33,6 +33,8 @@ def calls(device: str = "cpu"):
         yield ops.transpose_codes, (codes,)
         yield ops.scaled_matmul, (codes, scale, codes, scale, None, torch.bfloat16)
         yield ops.scaled_matmul, (codes, scale, codes, scale, scale, torch.float32, True)
+        low = (x[:, :8].bfloat16(), x[:, 8:16])
+        yield ops.scaled_matmul, (codes, scale, codes, scale, None, torch.bfloat16, True, *low)
     yield ops.transpose_codes, (ops.quantize_rows(x, 1, FP8)[0], torch.ones(40, device=device))
     yield ops.rotate, (x, 16)
     yield ops.rotate, (x, 8, 0)
@@ -98,6 +100,21 @@ def test_casts_on_the_gpu(case, dtype):
     exact = ops.rotate(x.double().cpu(), case.block) if case.block > 1 else x.double().cpu()
     fast = sqnr_db(exact, dequantize(found[0].cpu(), found[1].cpu()))
     assert fast > sqnr_db(exact, dequantize(*expected)) - 3
+
+
+@pytest.mark.parametrize("rank", [8, 65])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32], ids=str)
+@pytest.mark.parametrize("device", ["cpu", pytest.param("cuda", marks=pytest.mark.gpu)])
+def test_a_term_of_low_rank_is_added_by_whatever_runs(rank, dtype, device):
+    x = torch.randn(40, 64, generator=torch.Generator().manual_seed(0)).to(device)
+    low = torch.randn(40, 2 * rank, generator=torch.Generator().manual_seed(1)).to(device, dtype)[:, rank:]
+    up = torch.randn(48, rank, generator=torch.Generator().manual_seed(2)).to(device)
+    for codes in (FP8, torch.int8):
+        a, b = ops.quantize_rows(x, 1, codes), ops.quantize_rows(x.repeat(2, 1)[:48], 1, codes)
+        exact = dequantize(a[0], a[1].double()) @ dequantize(b[0], b[1].double()).t()
+        exact += low.double() @ up.to(dtype).double().t()
+        for fast in (True, False):
+            assert sqnr_db(exact, ops.scaled_matmul(*a, *b, None, dtype, fast, low, up)) > 45
 
 
 @pytest.mark.gpu
