@@ -237,7 +237,7 @@ def run(
     Args:
         param, grad: [n], fp32, bf16 or fp16; ``states``: the fields of reference.py for the same elements.
         step: one element, counts from 1. ``corrections``: ``1 - b1^t`` and ``sqrt(1 - b2^t)``, one element each, fp32.
-        start, key: the slice's first element in its parameter, and the stream of its random bits.
+        start, key: the slice's first element in its parameter, a multiple of BLOCK, and the stream of its random bits.
         found_inf: one fp32 element; not zero: nothing changes.
     """
     moments = 2 if SCALE_OF["exp_avg"] in states else int(states["exp_avg"].dtype == torch.bfloat16)
