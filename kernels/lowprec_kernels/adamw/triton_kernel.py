@@ -1,11 +1,12 @@
 """One pass over weights, gradients and states: decode, AdamW, encode (the formats are reference.py's).
 
-A program of one warp, or two where fields of four bytes take part, takes one block of 256 elements after another, and
-finds its scale without shared memory. 8-bit moments are bound by instructions: as sm_90 code by Triton 3.6, a block
-takes a warp 74 an element with a rounded weight or a split master (4.6 of them roots or reciprocals), and 251 and 238
-when codes were converted and divided, random bits hashed three times, and loads masked one by one. In that form 268 M
-bf16 weights with a split master took an H100 (copy: 3.0 TB/s) 1.81 ms with 8-bit moments (2.1 TB/s), and 2.40 ms with
-fp32 ones (2.9 TB/s), for which rounded roots and quotients remain: they are torch.optim.AdamW's.
+A program of one warp, or of two where fields of four bytes take part, takes one block of 256 elements after another;
+one warp finds the scale of its block without shared memory. 8-bit moments are bound by instructions. As sm_90 code by
+Triton 3.6 a thread with eight elements runs 82 for each in a program of one block and 75 in one of eight blocks, with a
+rounded weight or a split master; it was 208 and 194 with codes converted and divided, three or four hashes an element,
+and loads of one element each. With that code, 268 M bf16 weights with a split master took an H100 (copy: 3.0 TB/s)
+1.81 ms with 8-bit moments (2.1 TB/s), and 2.40 ms with fp32 ones (2.9 TB/s), for which rounded roots and quotients
+remain: they are torch.optim.AdamW's.
 """
 
 import torch
