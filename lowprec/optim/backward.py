@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from lowprec.errors import UserError
+from lowprec.ops.backends import no_triton
 from lowprec.optim.layout import Chunk
 
 
@@ -31,6 +32,12 @@ class UpdateInBackward:
         self._norms = torch.zeros(len(params), device=device)
         self._norm_of = dict(zip(params, self._norms.unbind(), strict=True))
         self._one = torch.ones((), device=device)
+        self._scratch: Tensor | None = None
+        if no_triton(device) is None:
+            # Imported where it runs: lowprec itself needs no Triton.
+            from lowprec_kernels.gradient_norm import triton_kernel
+
+            self._norm_kernel, self._scratch = triton_kernel.norm_, triton_kernel.make_scratch(device)
         self._missing: dict[int, int] = {}
         self._left: dict[int, int] = {}
         self.begin()
@@ -65,13 +72,7 @@ class UpdateInBackward:
         assert grad is not None
         if self._is_first:
             self._forget()
-        # Two launches a gradient: its norm into its place, and the flag, which is 1 where the norm is not finite. The
-        # second is GradScaler's own, which also multiplies what it looks at by a scale, here one.
-        if grad.device == norm.device:
-            torch.linalg.vector_norm(grad, dtype=torch.float32, out=norm)
-        else:
-            norm.copy_(torch.linalg.vector_norm(grad, dtype=torch.float32))
-        torch._amp_foreach_non_finite_check_and_unscale_([norm], self.found_inf, self._one)
+        self._measure(grad, norm)
         for chunk in self._chunks_of[parameter]:
             self._missing[chunk.index] -= 1
             if self._missing[chunk.index] < 0:
@@ -85,6 +86,18 @@ class UpdateInBackward:
                     self._left[member] -= 1
                     if self._left[member] == 0:
                         self._params[member].grad = None
+
+    def _measure(self, grad: Tensor, norm: Tensor) -> None:
+        """The gradient's norm into its place, and the flag, which is 1 from a norm on that is not finite."""
+        if self._scratch is not None and grad.device == norm.device and grad.is_contiguous():
+            self._norm_kernel(grad, norm, self.found_inf, self._scratch)
+            return
+        # Two launches. The second is GradScaler's own, which also multiplies what it looks at by a scale, here one.
+        if grad.device == norm.device:
+            torch.linalg.vector_norm(grad, dtype=torch.float32, out=norm)
+        else:
+            norm.copy_(torch.linalg.vector_norm(grad, dtype=torch.float32))
+        torch._amp_foreach_non_finite_check_and_unscale_([norm], self.found_inf, self._one)
 
     def remove(self) -> None:
         for handle in self._handles:

@@ -59,22 +59,29 @@ def adamw(
     return p - lr * (m / (1 - beta1**step)) / denominator, m, v, v_max
 
 
-def hash32(x: Tensor) -> Tensor:
-    """A mixing bijection of 32-bit integers (Wellons' lowbias32) over int64 tensors that hold them."""
-    x = ((x ^ (x >> 16)) * 0x7FEB352D) & MASK32
+def mix32(x: Tensor) -> Tensor:
+    """A bijection of 32-bit integers over int64 tensors of them: enough to tell the elements of a block apart."""
+    x = (x * 0x9E3779B9) & MASK32
     x = ((x ^ (x >> 15)) * 0x846CA68B) & MASK32
     return x ^ (x >> 16)
 
 
-def random_bits(start: int, count: int, key: int, step: Tensor) -> tuple[Tensor, Tensor]:
-    """Two int64 tensors of 32 random bits for the elements ``start .. start + count`` of one parameter.
+def hash32(x: Tensor) -> Tensor:
+    """The same after one more step, which lets high bits into low ones."""
+    return mix32(x ^ (x >> 16))
 
-    ``key`` stands for seed and parameter; ``step`` is a one-element tensor, so that no host sync is needed.
+
+def random_bits(start: int, count: int, key: int, step: Tensor) -> tuple[Tensor, Tensor]:
+    """Two int64 tensors of 32 and of 16 random bits for the elements ``start .. start + count`` of one parameter.
+
+    ``key`` stands for seed and parameter; ``step`` is a one-element tensor, so that no host sync is needed. The second
+    is made of the first: independent of either of its halves, though not of both together.
     """
     index = torch.arange(start, start + count, dtype=torch.int64, device=step.device) & MASK32
     stream = hash32((step.reshape(()).to(torch.int64) + key) & MASK32)
-    first = hash32(hash32(index) ^ stream)
-    return first, hash32(first ^ 0x9E3779B9)
+    column = index % BLOCK
+    first = mix32((hash32((index - column) ^ stream) + column) & MASK32)
+    return first, ((first * 0x9E3779B9) & MASK32) >> 16
 
 
 def split_master(master: Tensor) -> tuple[Tensor, Tensor]:
@@ -165,7 +172,7 @@ def encode(
 ) -> dict[str, Tensor]:
     """fp32 values -> the fields of ``dtypes`` (field name to dtype, ``param`` among them), in their formats.
 
-    ``random`` is ``random_bits`` of the slice: the weight takes the second word, the moments halves of the first.
+    ``random`` is ``random_bits`` of the slice: the weight takes the second, the moments halves of the first.
     """
     first, second = random
     fields: dict[str, Tensor] = {}
@@ -174,7 +181,7 @@ def encode(
     elif "master" in dtypes:
         fields["param"], fields["master"] = p.to(dtypes["param"]), p
     else:
-        fields["param"] = round_to_bf16(p, second & 0xFFFF) if dtypes["param"] == torch.bfloat16 else p
+        fields["param"] = round_to_bf16(p, second) if dtypes["param"] == torch.bfloat16 else p
     for name, value, bits in (
         ("exp_avg", m, first & 0xFFFF),
         ("exp_avg_sq", v, first >> 16),

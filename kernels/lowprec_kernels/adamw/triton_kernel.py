@@ -1,8 +1,12 @@
 """One pass over weights, gradients and states: decode, AdamW, encode (the formats are reference.py's).
 
-A program takes one block of 256 elements, whose scale it finds by one reduction. On an H100 (copy: 3.0 TB/s), 268 M
-bf16 weights with a split master took 2.40 ms with fp32 moments (2.9 TB/s) and 1.81 ms with 8-bit ones (2.1 TB/s);
-with four blocks a program and four warps 3.43 and 2.80 ms. Rounded division and roots in the 8-bit codes cost 4.1 ms.
+A program of one warp, or of two where fields of four bytes take part, takes one block of 256 elements after another;
+one warp finds the scale of its block without shared memory. 8-bit moments are bound by instructions. As sm_90 code by
+Triton 3.6 a thread with eight elements runs 82 for each in a program of one block and 75 in one of eight blocks, with a
+rounded weight or a split master; it was 208 and 194 with codes converted and divided, three or four hashes an element,
+and loads of one element each. With that code, 268 M bf16 weights with a split master took an H100 (copy: 3.0 TB/s)
+1.81 ms with 8-bit moments (2.1 TB/s), and 2.40 ms with fp32 ones (2.9 TB/s), for which rounded roots and quotients
+remain: they are torch.optim.AdamW's.
 """
 
 import torch
@@ -12,7 +16,7 @@ from torch import Tensor
 
 from lowprec_kernels.adamw.reference import BLOCK, SCALE_OF
 
-NUM_WARPS = 2
+MOST_REPEATS, FEWEST_PROGRAMS = 8, 1 << 15  # of a large slice: a program then reads the scalars for several blocks
 PLAIN, ROUNDED, SPLIT, WHOLE = range(4)  # where fp32 weights come from: the weight, a rounded one, residual, master
 
 
@@ -22,70 +26,96 @@ def why_not(param: Tensor) -> str | None:
 
 
 @triton.jit
-def _hash32(x):
-    x = (x ^ (x >> 16)) * 0x7FEB352D
+def _mix32(x):
+    x = x * 0x9E3779B9
     x = (x ^ (x >> 15)) * 0x846CA68B
     return x ^ (x >> 16)
 
 
 @triton.jit
+def _hash32(x):
+    return _mix32(x ^ (x >> 16))
+
+
+@triton.jit
+def _as_float(bits):
+    return bits.to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def _as_bits(x):
+    return x.to(tl.uint32, bitcast=True)
+
+
+@triton.jit
 def _round_to_bf16(x, random16):
-    bits = x.to(tl.uint32, bitcast=True)
-    rounded = bits + random16
-    rounded = tl.where((rounded & 0x7F800000) == 0x7F800000, bits, rounded) >> 16
-    return tl.where(x == x, rounded, 0x7FC0).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+    """Sums above bf16's largest number, infinities and NaN are cut: they take no bits that could carry."""
+    bits = _as_bits(x)
+    bits = tl.where(tl.abs(x) < 3.3895313892515355e38, bits + random16, bits)
+    return (bits >> 16).to(tl.uint16).to(tl.bfloat16, bitcast=True)
+
+
+# Codes and random bits are read and codes written without conversions to and from integers. The bits of a small integer
+# n are the subnormal n 2^-149, and products with subnormals are exact. A sum with 1.5 * 2^16 rounds to multiples of
+# 1/128, with 1.5 * 2^15 to multiples of 1/256, and counts them in its last byte: the code. Hence these units:
+# m = s t|t| with t = q/128 and s = (128/127)^2 scale; v = s t^4 with t = q/256 and s = (256/255)^4 scale.
 
 
 @triton.jit
-def _power(t, SIGNED: tl.constexpr):
-    return t * t if SIGNED else (t * t) * (t * t)
+def _decode_m(codes, scale):
+    t = _as_float((codes.to(tl.uint8, bitcast=True) ^ 0x80).to(tl.uint32)) * 2.0**127 - 2.0**-15  # q / 2^22
+    return (t * (scale * (2**15 * 128 / 127) ** 2)) * tl.abs(t)
 
 
 @triton.jit
-def _load_moment(ptr, scale_ptr, offsets, mask, block, KIND: tl.constexpr, SIGNED: tl.constexpr):
-    x = tl.load(ptr + offsets, mask=mask, other=0)
-    if KIND == 2:
-        scale = tl.load(scale_ptr + block)
-        t = x.to(tl.float32) * (1 / 127.0 if SIGNED else 1 / 255.0)
-        return _power(t, SIGNED) * tl.where(t < 0, -1.0, 1.0) * scale
-    return x.to(tl.float32)
+def _decode_v(codes, scale):
+    t = _as_float(codes.to(tl.uint32)) * 2.0**127  # q / 2^22
+    t2 = t * t
+    return (t2 * (scale * (2**14 * 256 / 255) ** 4)) * t2
 
 
 @triton.jit
-def _store_moment(ptr, scale_ptr, x, random16, offsets, mask, block, KIND: tl.constexpr, SIGNED: tl.constexpr):
-    if KIND == 2:
-        levels = 127.0 if SIGNED else 255.0
-        magnitude = tl.where(mask, tl.abs(x), 0.0)
-        scale = tl.max(magnitude, axis=0)
-        ratio = magnitude / tl.maximum(scale, 1.1754943508222875e-38)
-        root = tl.sqrt(ratio) if SIGNED else tl.sqrt(tl.sqrt(ratio))
-        low = tl.minimum(tl.floor(root * levels), levels - 1)
-        low_value = _power(low * (1 / levels), SIGNED)
-        high_value = _power((low + 1) * (1 / levels), SIGNED)
-        up = (ratio - low_value) / (high_value - low_value)
-        code = low + tl.where(random16.to(tl.float32) / 65536 < up, 1.0, 0.0)
-        if SIGNED:
-            code = tl.where(x < 0, -code, code)
-            tl.store(ptr + offsets, code.to(tl.int8), mask=mask)
-        else:
-            code = tl.where((x > 0) & (code < 1), 1.0, code)
-            tl.store(ptr + offsets, code.to(tl.int32).to(tl.uint8), mask=mask)
-        tl.store(scale_ptr + block, scale)
-    elif KIND == 1:
-        tl.store(ptr + offsets, _round_to_bf16(x, random16), mask=mask)
-    else:
-        tl.store(ptr + offsets, x, mask=mask)
+def _encode_m(m, random, scale):
+    """Codes of the numbers of a block, whose largest is ``scale``, by the low half of ``random``.
+
+    With x = 127^2 |m| / scale and r in [0, 1), rounding up from q where x > q^2 + r (2 q + 1) = (q + r)^2 + r - r^2 is
+    rounding sqrt(x - r + r^2) - r up to a whole number.
+    """
+    r = _as_float(random & 0xFFFF) * 2.0**126 - 2.0**-8  # (r - 1/2) / 128
+    inverse = tl.rsqrt(scale)
+    unit = (1 - 2.0**-20) * (127 / 128) ** 2 * inverse * inverse  # a little less: 127 must not be rounded up
+    root = tl.sqrt(tl.maximum(tl.abs(m) * unit + (r * r - 2.0**-16), 0.0)) - r
+    signed = _as_float(_as_bits(root) ^ (_as_bits(m) & 0x80000000))
+    return (_as_bits(signed + 98304.0) & 0xFF).to(tl.uint8).to(tl.int8, bitcast=True)
+
+
+@triton.jit
+def _encode_v(v, root, random, scale):
+    """As above, by the high half of ``random``; ``root`` is that of v.
+
+    Up from q where x > q^4 + r ((q + 1)^4 - q^4), which with c = q + 1/2 and p = r - 1/2 is
+    c^4 + 4 p c^3 + 3/2 c^2 + p c + 1/16; from 0 always, where v is positive.
+    """
+    p = _as_float(random >> 16) * 2.0**109 - 2.0**-25  # (r - 1/2) / 2^24
+    inverse = tl.rsqrt(scale)
+    # A little less: the largest v must be rounded up from 254. One that is a code is rounded up from the code below.
+    floor = tl.sqrt(root) * ((1 - 2.0**-18) * (255 / 256) * tl.sqrt(inverse)) - 2.0**-9 + 49152.0
+    q = floor - 49152.0
+    c = q + 2.0**-9
+    bound = c * (c * (c * (p * 2.0**18 + c) + 1.5 * 2.0**-16) + p) + 2.0**-36
+    up = v * ((255 / 256) ** 4 * inverse * inverse) > tl.minimum(bound, q * 2.0**60)
+    return (_as_bits(tl.where(up, floor + 2.0**-8, floor)) & 0xFF).to(tl.uint8)
 
 
 # Scalars of one parameter are entries of vectors: compiled once, wherever such an entry lies.
 _SCALARS = ["step_ptr", "correction1_ptr", "correction2_ptr", "found_inf_ptr", "lr"]
 
 
-@triton.jit(do_not_specialize=["start", "key", "count"], do_not_specialize_on_alignment=_SCALARS)
+@triton.jit(do_not_specialize=["start", "key", "repeats"], do_not_specialize_on_alignment=_SCALARS)
 def _adamw_kernel(
     param_ptr, grad_ptr, master_ptr, m_ptr, v_ptr, v_max_ptr, m_scale_ptr, v_scale_ptr, v_max_scale_ptr,
     step_ptr, correction1_ptr, correction2_ptr, found_inf_ptr, lr,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, count, start, key,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, count, start, key, repeats,
     WEIGHT: tl.constexpr, MOMENTS: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr,
     LR_IS_TENSOR: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -94,58 +124,96 @@ def _adamw_kernel(
     if LR_IS_TENSOR:
         lr = tl.load(lr).to(tl.float32)
         decay = 1 - lr * decay  # the weight decay alone was given: the host does not know the rate
-    block = tl.program_id(0).to(tl.int64)
-    offsets = block * BLOCK_SIZE + tl.arange(0, BLOCK_SIZE)
-    mask = offsets < count
-
-    weight = tl.load(param_ptr + offsets, mask=mask, other=0)
-    if WEIGHT == 2:
-        residual = tl.load(master_ptr + offsets, mask=mask, other=0)
-        high = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
-        p = (high + residual.to(tl.int32)).to(tl.float32, bitcast=True)
-    elif WEIGHT == 3:
-        p = tl.load(master_ptr + offsets, mask=mask, other=0)
-    else:
-        p = weight.to(tl.float32)
-    g = tl.load(grad_ptr + offsets, mask=mask, other=0).to(tl.float32)
-    if MAXIMIZE:
-        g = -g
-    m = _load_moment(m_ptr, m_scale_ptr, offsets, mask, block, MOMENTS, True)
-    v = _load_moment(v_ptr, v_scale_ptr, offsets, mask, block, MOMENTS, False)
-
-    p = p * decay
-    m = beta1 * m + one_minus_beta1 * g
-    v = beta2 * v + one_minus_beta2 * g * g
-    v_used = v
-    if AMSGRAD:
-        v_max = _load_moment(v_max_ptr, v_max_scale_ptr, offsets, mask, block, MOMENTS, False)
-        v_max = tl.maximum(v_max, v)
-        v_used = v_max
-    root = tl.div_rn(tl.sqrt_rn(v_used), tl.load(correction2_ptr) + tl.zeros_like(v))
-    p = p - (lr / tl.load(correction1_ptr)) * tl.div_rn(m, root + eps)
-
+    rate = lr / tl.load(correction1_ptr)
+    correction2 = tl.load(correction2_ptr)
     stream = _hash32(tl.load(step_ptr).to(tl.int32).to(tl.uint32) + key.to(tl.uint32))
-    index = offsets.to(tl.uint32) + start.to(tl.uint32)
-    first = _hash32(_hash32(index) ^ stream)
-    _store_moment(m_ptr, m_scale_ptr, m, first & 0xFFFF, offsets, mask, block, MOMENTS, True)
-    _store_moment(v_ptr, v_scale_ptr, v, first >> 16, offsets, mask, block, MOMENTS, False)
-    if AMSGRAD:
-        _store_moment(v_max_ptr, v_max_scale_ptr, v_max, first >> 16, offsets, mask, block, MOMENTS, False)
-    if WEIGHT == 2:
-        bits = p.to(tl.int32, bitcast=True)
-        high = (bits + 0x8000) >> 16
-        residual = (bits - (high << 16)).to(tl.int16)
-        high = tl.where(p == p, high, 0x7FC0).to(tl.int16)
-        tl.store(param_ptr + offsets, high.to(tl.bfloat16, bitcast=True), mask=mask)
-        tl.store(master_ptr + offsets, residual, mask=mask)
-    elif WEIGHT == 3:
-        tl.store(master_ptr + offsets, p, mask=mask)
-        tl.store(param_ptr + offsets, p.to(param_ptr.dtype.element_ty), mask=mask)
-    elif WEIGHT == 1:
-        second = _hash32(first ^ 0x9E3779B9)
-        tl.store(param_ptr + offsets, _round_to_bf16(p, second & 0xFFFF), mask=mask)
-    else:
-        tl.store(param_ptr + offsets, p, mask=mask)
+    column = tl.arange(0, BLOCK_SIZE)
+
+    for repeat in range(repeats):
+        block = (tl.program_id(0) * repeats + repeat).to(tl.int64)
+        first = block * BLOCK_SIZE
+        offsets = first + column
+        mask = offsets < count
+
+        weight = tl.load(param_ptr + offsets, mask=mask, other=0)
+        if WEIGHT == 2:
+            residual = tl.load(master_ptr + offsets, mask=mask, other=0)
+            high = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
+            p = _as_float(high + residual.to(tl.int32))
+        elif WEIGHT == 3:
+            p = tl.load(master_ptr + offsets, mask=mask, other=0)
+        else:
+            p = weight.to(tl.float32)
+        g = tl.load(grad_ptr + offsets, mask=mask, other=0).to(tl.float32)
+        if MAXIMIZE:
+            g = -g
+        m = tl.load(m_ptr + offsets, mask=mask, other=0)
+        v = tl.load(v_ptr + offsets, mask=mask, other=0)
+        if AMSGRAD:
+            v_max = tl.load(v_max_ptr + offsets, mask=mask, other=0)
+        if MOMENTS == 2:
+            m = _decode_m(m, beta1 * tl.load(m_scale_ptr + block))
+            v = _decode_v(v, beta2 * tl.load(v_scale_ptr + block))
+            if AMSGRAD:
+                v_max = _decode_v(v_max, tl.load(v_max_scale_ptr + block))
+
+        else:
+            m = beta1 * m.to(tl.float32)
+            v = beta2 * v.to(tl.float32)
+
+        p = p * decay
+        m = m + one_minus_beta1 * g
+        v = v + one_minus_beta2 * g * g
+        v_used = v
+        if AMSGRAD:
+            v_max = tl.maximum(v_max.to(tl.float32), v)
+            v_used = v_max
+        if MOMENTS == 2:
+            # Of the square's root a reciprocal: one instruction, where a division takes eight.
+            denominator = tl.sqrt(v_used) * (1 / correction2) + eps
+            p = p - (rate * m) * tl.rsqrt(denominator * denominator)
+        else:
+            denominator = tl.div_rn(tl.sqrt_rn(v_used), correction2 + tl.zeros_like(v)) + eps
+            p = p - rate * tl.div_rn(m, denominator)
+
+        random = _mix32(_hash32((start + first).to(tl.uint32) ^ stream) + column.to(tl.uint32))
+        if MOMENTS == 2:
+            smallest = 1.1754943508222875e-38
+            m_scale, v_scale = tl.max(tl.abs(m), axis=0), tl.max(v, axis=0)
+            tl.store(m_scale_ptr + block, m_scale)
+            tl.store(v_scale_ptr + block, v_scale)
+            m_code = _encode_m(m, random, tl.maximum(m_scale, smallest))
+            v_code = _encode_v(v, tl.sqrt(v), random, tl.maximum(v_scale, smallest))
+            tl.store(m_ptr + offsets, m_code, mask=mask)
+            tl.store(v_ptr + offsets, v_code, mask=mask)
+            if AMSGRAD:
+                scale = tl.max(v_max, axis=0)
+                tl.store(v_max_scale_ptr + block, scale)
+                code = _encode_v(v_max, tl.sqrt(v_max), random, tl.maximum(scale, smallest))
+                tl.store(v_max_ptr + offsets, code, mask=mask)
+        elif MOMENTS == 1:
+            tl.store(m_ptr + offsets, _round_to_bf16(m, random & 0xFFFF), mask=mask)
+            tl.store(v_ptr + offsets, _round_to_bf16(v, random >> 16), mask=mask)
+            if AMSGRAD:
+                tl.store(v_max_ptr + offsets, _round_to_bf16(v_max, random >> 16), mask=mask)
+        else:
+            tl.store(m_ptr + offsets, m, mask=mask)
+            tl.store(v_ptr + offsets, v, mask=mask)
+            if AMSGRAD:
+                tl.store(v_max_ptr + offsets, v_max, mask=mask)
+
+        if WEIGHT == 2:
+            bits = _as_bits(p)
+            high = (tl.where(p == p, bits + 0x8000, bits) >> 16).to(tl.uint16)
+            tl.store(param_ptr + offsets, high.to(tl.bfloat16, bitcast=True), mask=mask)
+            tl.store(master_ptr + offsets, (bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
+        elif WEIGHT == 3:
+            tl.store(master_ptr + offsets, p, mask=mask)
+            tl.store(param_ptr + offsets, p.to(param_ptr.dtype.element_ty), mask=mask)
+        elif WEIGHT == 1:
+            tl.store(param_ptr + offsets, _round_to_bf16(p, (random * 0x9E3779B9) >> 16), mask=mask)
+        else:
+            tl.store(param_ptr + offsets, p, mask=mask)
 
 
 def run(
@@ -170,7 +238,7 @@ def run(
     Args:
         param, grad: [n], fp32, bf16 or fp16; ``states``: the fields of reference.py for the same elements.
         step: one element, counts from 1. ``corrections``: ``1 - b1^t`` and ``sqrt(1 - b2^t)``, one element each, fp32.
-        start, key: the slice's first element in its parameter, and the stream of its random bits.
+        start, key: the slice's first element in its parameter, a multiple of BLOCK, and the stream of its random bits.
         found_inf: one fp32 element; not zero: nothing changes.
     """
     moments = 2 if SCALE_OF["exp_avg"] in states else int(states["exp_avg"].dtype == torch.bfloat16)
@@ -182,15 +250,19 @@ def run(
         weight = ROUNDED if param.dtype == torch.bfloat16 else PLAIN
     # Rounded to fp32 once, as in torch.optim.AdamW: 1.4e-8 of 1 - 1e-5, which 100 steps make 1.4e-6 of the weight.
     decay = weight_decay if isinstance(lr, Tensor) else 1 - lr * weight_decay
+    # A thread holds 16 bytes of the widest field, four or eight elements, for which all fields have one layout.
+    num_warps = 2 if param.dtype == torch.float32 or "master" in states or moments == 0 else 1
     count = param.numel()
     field = states.get  # a pointer that is None costs the host nothing: Triton asks CUDA about every other one
-    _adamw_kernel[(triton.cdiv(count, BLOCK),)](
+    blocks = triton.cdiv(count, BLOCK)
+    repeats = max(1, min(MOST_REPEATS, blocks // FEWEST_PROGRAMS))
+    _adamw_kernel[(triton.cdiv(blocks, repeats),)](
         param, grad, field("residual", field("master")), field("exp_avg"), field("exp_avg_sq"), field("max_exp_avg_sq"),
         field("exp_avg_scale"), field("exp_avg_sq_scale"), field("max_exp_avg_sq_scale"),
         step, *corrections, found_inf, lr,
-        beta1, 1 - beta1, beta2, 1 - beta2, eps, decay, count, _signed(start), _signed(key),
+        beta1, 1 - beta1, beta2, 1 - beta2, eps, decay, count, _signed(start), _signed(key), repeats,
         WEIGHT=weight, MOMENTS=moments, AMSGRAD="max_exp_avg_sq" in states, MAXIMIZE=maximize,
-        LR_IS_TENSOR=isinstance(lr, Tensor), BLOCK_SIZE=BLOCK, num_warps=NUM_WARPS,
+        LR_IS_TENSOR=isinstance(lr, Tensor), BLOCK_SIZE=BLOCK, num_warps=num_warps,
     )  # fmt: skip
 
 
