@@ -42,6 +42,7 @@ from torch.utils.checkpoint import checkpoint
 from lowprec.activations.places import Flow, Place, copies, unowned
 from lowprec.data.documents import Documents
 from lowprec.layers.decode_buffer import release_decode_buffers
+from lowprec.machine.timing import capture_stream
 
 SEEN_BEFORE = 2
 """Ordinary calls for a shape before it is recorded: kernels are compiled and tuned in them."""
@@ -55,7 +56,6 @@ class Recorder:
 
     def __init__(self) -> None:
         self._pool: Any = None
-        self._stream: torch.cuda.Stream | None = None
 
     def prepare(self) -> None:
         """Give back what ordinary calls left in the allocator: graphs cannot use it."""
@@ -65,10 +65,9 @@ class Recorder:
 
     def record(self, function: Callable[[], None]) -> Replay:
         """Raises what ``function`` raises, and RuntimeError for what no graph can hold."""
-        if self._stream is None:
-            self._pool, self._stream = torch.cuda.graph_pool_handle(), torch.cuda.Stream()
+        self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(self._stream):
+        with torch.cuda.stream(capture_stream()):
             # Other threads may go on allocating and waiting while this one records.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:

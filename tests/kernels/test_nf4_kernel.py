@@ -93,7 +93,7 @@ def test_codes_of_the_kernel_in_both_orientations(kernel, case, dtype, rotated):
 def test_programs_that_stay_for_several_tiles(kernel, case):
     weight, _ = packed(case)
     plain = reference.decode(weight, case.rows, case.dim)
-    for few in (kernel.Settings((16, 64), 4, 1, 1), kernel.Settings((32, 32), 4, 2, 2, None, False)):
+    for few in (kernel.Settings((16, 64), 4, 1), kernel.Settings((32, 32), 4, 2)):
         values = torch.empty_like(plain)
         kernel.decode_nf4(weight, case.rows, values, settings=few)
         torch.testing.assert_close(values, plain, rtol=1e-6, atol=1e-6)
@@ -105,7 +105,8 @@ def test_programs_that_stay_for_several_tiles(kernel, case):
             codes = torch.full_like(expected, 99)
             kernel.decode_nf4(weight, case.rows, codes, scale, in_block, row_block, transposed, settings=few)
             difference = (codes.int() - expected.int()).abs()
-            assert difference.max() <= 1 and difference.float().mean() < 0.05
+            near = difference.max() <= 1 and difference.float().mean() < 0.05
+            assert near, (few, in_block, row_block, transposed, (difference > 1).nonzero()[:5].tolist())
 
 
 @pytest.mark.parametrize("double_quant", [False, True])

@@ -1,12 +1,14 @@
 """One pass over weights, gradients and states: decode, AdamW, encode (the formats are reference.py's).
 
-A program of one warp, or of two where fields of four bytes take part, takes one block of 256 elements after another;
-one warp finds the scale of its block without shared memory. 8-bit moments are bound by instructions. As sm_90 code by
-Triton 3.6 a thread with eight elements runs 82 for each in a program of one block and 75 in one of eight blocks, with a
-rounded weight or a split master; it was 208 and 194 with codes converted and divided, three or four hashes an element,
-and loads of one element each. With that code, 268 M bf16 weights with a split master took an H100 (copy: 3.0 TB/s)
-1.81 ms with 8-bit moments (2.1 TB/s), and 2.40 ms with fp32 ones (2.9 TB/s), for which rounded roots and quotients
-remain: they are torch.optim.AdamW's.
+A program of one warp, or of two where fields of four bytes take part, takes one block of 256 elements; one warp finds
+the scale of its block without shared memory. As sm_90 code by Triton 3.6 a thread with 8-bit moments runs 82
+instructions an element, with a rounded weight or a split master; it was 208 and 194 with codes converted and divided,
+three or four hashes an element, and loads of one element each. On an H100 (copy: 3.0 TB/s) 268 M bf16 weights take 0.94
+ms rounded (2.9 TB/s) and 1.26 ms with a split master (3.0 TB/s, 1.81 ms before), and with fp32 moments, whose rounded
+roots and quotients are torch.optim.AdamW's, 2.34 ms (3.0 TB/s). Programs of eight blocks took 0.95, 1.32 and 2.42.
+
+An element's result must not depend on the slice it is updated in, nor on how wide the compiler may read there: sums of
+two products are written as one product and one fused multiply and add.
 """
 
 import torch
@@ -16,7 +18,6 @@ from torch import Tensor
 
 from lowprec_kernels.adamw.reference import BLOCK, SCALE_OF
 
-MOST_REPEATS, FEWEST_PROGRAMS = 8, 1 << 15  # of a large slice: a program then reads the scalars for several blocks
 PLAIN, ROUNDED, SPLIT, WHOLE = range(4)  # where fp32 weights come from: the weight, a rounded one, residual, master
 
 
@@ -111,11 +112,11 @@ def _encode_v(v, root, random, scale):
 _SCALARS = ["step_ptr", "correction1_ptr", "correction2_ptr", "found_inf_ptr", "lr"]
 
 
-@triton.jit(do_not_specialize=["start", "key", "repeats"], do_not_specialize_on_alignment=_SCALARS)
+@triton.jit(do_not_specialize=["start", "key"], do_not_specialize_on_alignment=_SCALARS)
 def _adamw_kernel(
     param_ptr, grad_ptr, master_ptr, m_ptr, v_ptr, v_max_ptr, m_scale_ptr, v_scale_ptr, v_max_scale_ptr,
     step_ptr, correction1_ptr, correction2_ptr, found_inf_ptr, lr,
-    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, count, start, key, repeats,
+    beta1, one_minus_beta1, beta2, one_minus_beta2, eps, decay, count, start, key,
     WEIGHT: tl.constexpr, MOMENTS: tl.constexpr, AMSGRAD: tl.constexpr, MAXIMIZE: tl.constexpr,
     LR_IS_TENSOR: tl.constexpr, BLOCK_SIZE: tl.constexpr,
 ):  # fmt: skip
@@ -129,91 +130,89 @@ def _adamw_kernel(
     stream = _hash32(tl.load(step_ptr).to(tl.int32).to(tl.uint32) + key.to(tl.uint32))
     column = tl.arange(0, BLOCK_SIZE)
 
-    for repeat in range(repeats):
-        block = (tl.program_id(0) * repeats + repeat).to(tl.int64)
-        first = block * BLOCK_SIZE
-        offsets = first + column
-        mask = offsets < count
+    block = tl.program_id(0).to(tl.int64)
+    first = block * BLOCK_SIZE
+    offsets = first + column
+    mask = offsets < count
 
-        weight = tl.load(param_ptr + offsets, mask=mask, other=0)
-        if WEIGHT == 2:
-            residual = tl.load(master_ptr + offsets, mask=mask, other=0)
-            high = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
-            p = _as_float(high + residual.to(tl.int32))
-        elif WEIGHT == 3:
-            p = tl.load(master_ptr + offsets, mask=mask, other=0)
-        else:
-            p = weight.to(tl.float32)
-        g = tl.load(grad_ptr + offsets, mask=mask, other=0).to(tl.float32)
-        if MAXIMIZE:
-            g = -g
-        m = tl.load(m_ptr + offsets, mask=mask, other=0)
-        v = tl.load(v_ptr + offsets, mask=mask, other=0)
+    weight = tl.load(param_ptr + offsets, mask=mask, other=0)
+    if WEIGHT == 2:
+        residual = tl.load(master_ptr + offsets, mask=mask, other=0)
+        high = weight.to(tl.int16, bitcast=True).to(tl.int32) << 16
+        p = _as_float(high + residual.to(tl.int32))
+    elif WEIGHT == 3:
+        p = tl.load(master_ptr + offsets, mask=mask, other=0)
+    else:
+        p = weight.to(tl.float32)
+    g = tl.load(grad_ptr + offsets, mask=mask, other=0).to(tl.float32)
+    if MAXIMIZE:
+        g = -g
+    m = tl.load(m_ptr + offsets, mask=mask, other=0)
+    v = tl.load(v_ptr + offsets, mask=mask, other=0)
+    if AMSGRAD:
+        v_max = tl.load(v_max_ptr + offsets, mask=mask, other=0)
+    if MOMENTS == 2:
+        m = _decode_m(m, beta1 * tl.load(m_scale_ptr + block))
+        v = _decode_v(v, beta2 * tl.load(v_scale_ptr + block))
         if AMSGRAD:
-            v_max = tl.load(v_max_ptr + offsets, mask=mask, other=0)
-        if MOMENTS == 2:
-            m = _decode_m(m, beta1 * tl.load(m_scale_ptr + block))
-            v = _decode_v(v, beta2 * tl.load(v_scale_ptr + block))
-            if AMSGRAD:
-                v_max = _decode_v(v_max, tl.load(v_max_scale_ptr + block))
+            v_max = _decode_v(v_max, tl.load(v_max_scale_ptr + block))
+    else:
+        m = beta1 * m.to(tl.float32)
+        v = beta2 * v.to(tl.float32)
 
-        else:
-            m = beta1 * m.to(tl.float32)
-            v = beta2 * v.to(tl.float32)
+    p = p * decay
+    m = tl.fma(one_minus_beta1 + tl.zeros_like(g), g, m)
+    v = tl.fma(one_minus_beta2 * g, g, v)
+    v_used = v
+    if AMSGRAD:
+        v_max = tl.maximum(v_max.to(tl.float32), v)
+        v_used = v_max
+    if MOMENTS == 2:
+        # Of the square's root a reciprocal: one instruction, where a division takes eight.
+        denominator = tl.sqrt(v_used) * (1 / correction2) + eps
+        p = tl.fma(-rate * m, tl.rsqrt(denominator * denominator), p)
+    else:
+        denominator = tl.div_rn(tl.sqrt_rn(v_used), correction2 + tl.zeros_like(v)) + eps
+        p = tl.fma(-rate + tl.zeros_like(m), tl.div_rn(m, denominator), p)
 
-        p = p * decay
-        m = m + one_minus_beta1 * g
-        v = v + one_minus_beta2 * g * g
-        v_used = v
+    random = _mix32(_hash32((start + first).to(tl.uint32) ^ stream) + column.to(tl.uint32))
+    if MOMENTS == 2:
+        smallest = 1.1754943508222875e-38
+        m_scale, v_scale = tl.max(tl.abs(m), axis=0), tl.max(v, axis=0)
+        tl.store(m_scale_ptr + block, m_scale)
+        tl.store(v_scale_ptr + block, v_scale)
+        m_code = _encode_m(m, random, tl.maximum(m_scale, smallest))
+        v_code = _encode_v(v, tl.sqrt(v), random, tl.maximum(v_scale, smallest))
+        tl.store(m_ptr + offsets, m_code, mask=mask)
+        tl.store(v_ptr + offsets, v_code, mask=mask)
         if AMSGRAD:
-            v_max = tl.maximum(v_max.to(tl.float32), v)
-            v_used = v_max
-        if MOMENTS == 2:
-            # Of the square's root a reciprocal: one instruction, where a division takes eight.
-            denominator = tl.sqrt(v_used) * (1 / correction2) + eps
-            p = p - (rate * m) * tl.rsqrt(denominator * denominator)
-        else:
-            denominator = tl.div_rn(tl.sqrt_rn(v_used), correction2 + tl.zeros_like(v)) + eps
-            p = p - rate * tl.div_rn(m, denominator)
+            scale = tl.max(v_max, axis=0)
+            tl.store(v_max_scale_ptr + block, scale)
+            code = _encode_v(v_max, tl.sqrt(v_max), random, tl.maximum(scale, smallest))
+            tl.store(v_max_ptr + offsets, code, mask=mask)
+    elif MOMENTS == 1:
+        tl.store(m_ptr + offsets, _round_to_bf16(m, random & 0xFFFF), mask=mask)
+        tl.store(v_ptr + offsets, _round_to_bf16(v, random >> 16), mask=mask)
+        if AMSGRAD:
+            tl.store(v_max_ptr + offsets, _round_to_bf16(v_max, random >> 16), mask=mask)
+    else:
+        tl.store(m_ptr + offsets, m, mask=mask)
+        tl.store(v_ptr + offsets, v, mask=mask)
+        if AMSGRAD:
+            tl.store(v_max_ptr + offsets, v_max, mask=mask)
 
-        random = _mix32(_hash32((start + first).to(tl.uint32) ^ stream) + column.to(tl.uint32))
-        if MOMENTS == 2:
-            smallest = 1.1754943508222875e-38
-            m_scale, v_scale = tl.max(tl.abs(m), axis=0), tl.max(v, axis=0)
-            tl.store(m_scale_ptr + block, m_scale)
-            tl.store(v_scale_ptr + block, v_scale)
-            m_code = _encode_m(m, random, tl.maximum(m_scale, smallest))
-            v_code = _encode_v(v, tl.sqrt(v), random, tl.maximum(v_scale, smallest))
-            tl.store(m_ptr + offsets, m_code, mask=mask)
-            tl.store(v_ptr + offsets, v_code, mask=mask)
-            if AMSGRAD:
-                scale = tl.max(v_max, axis=0)
-                tl.store(v_max_scale_ptr + block, scale)
-                code = _encode_v(v_max, tl.sqrt(v_max), random, tl.maximum(scale, smallest))
-                tl.store(v_max_ptr + offsets, code, mask=mask)
-        elif MOMENTS == 1:
-            tl.store(m_ptr + offsets, _round_to_bf16(m, random & 0xFFFF), mask=mask)
-            tl.store(v_ptr + offsets, _round_to_bf16(v, random >> 16), mask=mask)
-            if AMSGRAD:
-                tl.store(v_max_ptr + offsets, _round_to_bf16(v_max, random >> 16), mask=mask)
-        else:
-            tl.store(m_ptr + offsets, m, mask=mask)
-            tl.store(v_ptr + offsets, v, mask=mask)
-            if AMSGRAD:
-                tl.store(v_max_ptr + offsets, v_max, mask=mask)
-
-        if WEIGHT == 2:
-            bits = _as_bits(p)
-            high = (tl.where(p == p, bits + 0x8000, bits) >> 16).to(tl.uint16)
-            tl.store(param_ptr + offsets, high.to(tl.bfloat16, bitcast=True), mask=mask)
-            tl.store(master_ptr + offsets, (bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
-        elif WEIGHT == 3:
-            tl.store(master_ptr + offsets, p, mask=mask)
-            tl.store(param_ptr + offsets, p.to(param_ptr.dtype.element_ty), mask=mask)
-        elif WEIGHT == 1:
-            tl.store(param_ptr + offsets, _round_to_bf16(p, (random * 0x9E3779B9) >> 16), mask=mask)
-        else:
-            tl.store(param_ptr + offsets, p, mask=mask)
+    if WEIGHT == 2:
+        bits = _as_bits(p)
+        high = (tl.where(p == p, bits + 0x8000, bits) >> 16).to(tl.uint16)
+        tl.store(param_ptr + offsets, high.to(tl.bfloat16, bitcast=True), mask=mask)
+        tl.store(master_ptr + offsets, (bits & 0xFFFF).to(tl.uint16).to(tl.int16, bitcast=True), mask=mask)
+    elif WEIGHT == 3:
+        tl.store(master_ptr + offsets, p, mask=mask)
+        tl.store(param_ptr + offsets, p.to(param_ptr.dtype.element_ty), mask=mask)
+    elif WEIGHT == 1:
+        tl.store(param_ptr + offsets, _round_to_bf16(p, (random * 0x9E3779B9) >> 16), mask=mask)
+    else:
+        tl.store(param_ptr + offsets, p, mask=mask)
 
 
 def run(
@@ -254,13 +253,11 @@ def run(
     num_warps = 2 if param.dtype == torch.float32 or "master" in states or moments == 0 else 1
     count = param.numel()
     field = states.get  # a pointer that is None costs the host nothing: Triton asks CUDA about every other one
-    blocks = triton.cdiv(count, BLOCK)
-    repeats = max(1, min(MOST_REPEATS, blocks // FEWEST_PROGRAMS))
-    _adamw_kernel[(triton.cdiv(blocks, repeats),)](
+    _adamw_kernel[(triton.cdiv(count, BLOCK),)](
         param, grad, field("residual", field("master")), field("exp_avg"), field("exp_avg_sq"), field("max_exp_avg_sq"),
         field("exp_avg_scale"), field("exp_avg_sq_scale"), field("max_exp_avg_sq_scale"),
         step, *corrections, found_inf, lr,
-        beta1, 1 - beta1, beta2, 1 - beta2, eps, decay, count, _signed(start), _signed(key), repeats,
+        beta1, 1 - beta1, beta2, 1 - beta2, eps, decay, count, _signed(start), _signed(key),
         WEIGHT=weight, MOMENTS=moments, AMSGRAD="max_exp_avg_sq" in states, MAXIMIZE=maximize,
         LR_IS_TENSOR=isinstance(lr, Tensor), BLOCK_SIZE=BLOCK, num_warps=num_warps,
     )  # fmt: skip

@@ -36,18 +36,18 @@ def _pair_table(levels_ptr):
 
 
 @triton.jit
-def _table(levels_ptr, PAIRS: tl.constexpr):
-    """What ``_levels`` looks up."""
-    return _pair_table(levels_ptr) if PAIRS else tl.load(levels_ptr + tl.arange(0, 16))
+def _table(levels_ptr, CODES: tl.constexpr):
+    """What ``_levels`` looks up. Codes take two levels at once, in fp16; values are those of the 16 levels in fp32."""
+    return _pair_table(levels_ptr) if CODES else tl.load(levels_ptr + tl.arange(0, 16))
 
 
 @triton.jit
-def _levels(packed_ptr, unit, there, table, UNIT: tl.constexpr, PAIRS: tl.constexpr):
-    """The levels of units [n], whatever outside: [n, UNIT], fp16 if PAIRS, else fp32."""
+def _levels(packed_ptr, unit, there, table, UNIT: tl.constexpr, CODES: tl.constexpr):
+    """The levels of units [n], whatever outside: [n, UNIT], fp16 for codes, fp32 for values."""
     half = tl.arange(0, UNIT // 2)
     packed = tl.load(packed_ptr + unit.to(tl.int64)[:, None] * (UNIT // 2) + half[None, :], there[:, None], 0)
     pair = tl.ravel(packed).to(tl.int32)
-    if PAIRS:
+    if CODES:
         word = tl.gather(table, pair, 0)
         first, second = word.to(tl.int16), (word >> 16).to(tl.int16)
         z = tl.join(first.to(tl.float16, bitcast=True), second.to(tl.float16, bitcast=True))
@@ -83,16 +83,15 @@ def _decode_rows(
     packed_ptr, levels_ptr, absmax_ptr, absmax_levels_ptr, absmax_scale_ptr, absmax_offset_ptr, scale_ptr, out_ptr,
     units, units_a_row, tiles, PROGRAMS,
     BLOCK: tl.constexpr, ABSMAX_BLOCK: tl.constexpr, UNIT: tl.constexpr, UNITS: tl.constexpr, IN_BLOCK: tl.constexpr,
-    NORM: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr, PAIRS: tl.constexpr, FP32: tl.constexpr,
-    STAGES: tl.constexpr,
+    NORM: tl.constexpr, LARGEST: tl.constexpr, CODES: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
     """UNITS units at a time, as they lie in memory; IN_BLOCK is a unit or several."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     WITHIN: tl.constexpr = IN_BLOCK == UNIT
-    table = _table(levels_ptr, PAIRS)
+    table = _table(levels_ptr, CODES)
     if IN_BLOCK > 1:
         h = signs(IN_BLOCK, True).to(tl.float16) if WITHIN else signs(IN_BLOCK, FP32)
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=STAGES):
+    for tile in range(tl.program_id(0), tiles, PROGRAMS):
         unit = tile * UNITS + tl.arange(0, UNITS)
         there = unit < units
         block = unit // (BLOCK // UNIT)
@@ -101,7 +100,7 @@ def _decode_rows(
             factor *= NORM / tl.load(scale_ptr + unit // units_a_row, there, 1.0)
         elif IN_BLOCK > 1:
             factor *= NORM
-        z = _levels(packed_ptr, unit, there, table, UNIT, PAIRS)
+        z = _levels(packed_ptr, unit, there, table, UNIT, CODES)
         if WITHIN:
             z = tl.dot(z.to(tl.float16), h)
         z = z.to(tl.float32)
@@ -119,28 +118,27 @@ def _decode_columns(
     packed_ptr, levels_ptr, absmax_ptr, absmax_levels_ptr, absmax_scale_ptr, absmax_offset_ptr, scale_ptr, out_ptr,
     rows, dim, padded, units_a_row, tiles, PROGRAMS,
     BLOCK: tl.constexpr, ABSMAX_BLOCK: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
-    IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, NORM: tl.constexpr, LARGEST: tl.constexpr, PAIRS: tl.constexpr,
-    FP32: tl.constexpr, STAGES: tl.constexpr,
+    IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, NORM: tl.constexpr, LARGEST: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
     """ROWS by COLUMNS at a time, down a strip of columns; COLUMNS is IN_BLOCK where that rotates, ROWS a multiple of
     ROW_BLOCK."""
     UNITS: tl.constexpr = COLUMNS // UNIT
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     factor = NORM / tl.load(scale_ptr + column, column < dim, 1.0)
-    table = _table(levels_ptr, PAIRS)
+    table = _table(levels_ptr, True)
     if IN_BLOCK > 1:
         h = signs(IN_BLOCK, FP32)
     if ROW_BLOCK > 1:
         rows_h = signs(ROW_BLOCK, FP32, ROWS)
     i = tl.arange(0, ROWS * UNITS)
     start = tl.program_id(1) * UNITS + i % UNITS
-    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=STAGES):
+    for tile in range(tl.program_id(0), tiles, PROGRAMS):
         unit_row = tile * ROWS + i // UNITS
         there = (unit_row < rows) & (start < units_a_row)
         unit = unit_row * units_a_row + start
         block = unit // (BLOCK // UNIT)
         absmax = _scales(absmax_ptr, absmax_levels_ptr, absmax_scale_ptr, absmax_offset_ptr, block, there, ABSMAX_BLOCK)
-        z = _levels(packed_ptr, unit, there, table, UNIT, PAIRS).to(tl.float32)
+        z = _levels(packed_ptr, unit, there, table, UNIT, True).to(tl.float32)
         z = tl.reshape(z * absmax[:, None], [ROWS, COLUMNS])
         if IN_BLOCK > 1:
             z = tl.dot(z.to(h.dtype), h, input_precision="ieee")
@@ -159,27 +157,22 @@ class Settings(NamedTuple):
     """Rows and columns at a time, with ``in_block`` as many columns as that. Untransposed only their product counts:
     memory is taken as it lies."""
     warps: int
-    stages: int
-    """2 or more: that many tiles less one are loaded ahead."""
     per_core: int
     """Programs a multiprocessor; 0: one for each tile."""
     registers: int | None = None
     """A thread's at most; None: as many as the compiler likes."""
-    pairs: bool = True
-    """Codes look up two levels at once, in fp16: half as many lookups, but 256 words share the 32 banks of shared
-    memory, where 16 levels have one each. Values are always looked up one by one, in fp32."""
 
 
-def settings_for(elements: int, rotated: bool, codes: bool, transposed: bool) -> Settings:
+def settings_for(rotated: bool, codes: bool, transposed: bool) -> Settings:
     """Programs that stay have to fit all at once: in the code that Triton 3.6 makes for sm_90 a thread has 63 registers
-    (e4m3), 126 (int8), and transposed 128 (e4m3), 122 (int8, tiles of 64 x 64) or 168 (64 x 128)."""
+    (e4m3), 126 (int8), and transposed 128 (e4m3) or 122 (int8). Transposed to int8, 14336 x 4096 on an H100: 70 us in
+    tiles of 64 x 64, 75 of 64 x 128; 4096 x 4096: 26 and 28. Tiles loaded ahead, and levels looked up one by one, were
+    no faster."""
     if transposed:
-        if not rotated:
-            return Settings((64, 128), 4, 1, 4)
-        return Settings((64, 128), 4, 1, 3) if elements > 2**25 else Settings((64, 64), 4, 1, 4)
+        return Settings((64, 64), 4, 4) if rotated else Settings((64, 128), 4, 4)
     if rotated:
-        return Settings((128, 64), 4, 1, 4, 128)
-    return Settings((32, 256), 4, 1, 8, 64) if codes else Settings((16, 256), 4, 1, 0)
+        return Settings((128, 64), 4, 4, 128)
+    return Settings((32, 256), 4, 8, 64) if codes else Settings((16, 256), 4, 0)
 
 
 def decode_nf4(
@@ -199,8 +192,8 @@ def decode_nf4(
     assert dim % 16 == 0
     if out.numel() == 0:
         return
-    chosen = settings or settings_for(out.numel(), in_block > 1 or row_block > 1, scale is not None, transposed)
-    (tall, wide), warps, stages, per_core, registers, pairs = chosen
+    chosen = settings or settings_for(in_block > 1 or row_block > 1, scale is not None, transposed)
+    (tall, wide), warps, per_core, registers = chosen
     elements = max(tall * wide, 16 * in_block if in_block > 1 else 1)
     wide = in_block if in_block > 1 else wide
     unit = min(wide, weight.block_size, dim & -dim)  # the largest power of two that divides a row
@@ -217,7 +210,7 @@ def decode_nf4(
         programs = min(tiles, max(1, at_once // strips)) if per_core else tiles
         _decode_columns[(programs, strips)](
             *pointers, rows, dim, padded, dim // unit, tiles, programs, weight.block_size, absmax_block, unit, tall,
-            wide, in_block, row_block, norm, largest, pairs, INTERPRETED, stages, num_warps=warps, maxnreg=registers,
+            wide, in_block, row_block, norm, largest, INTERPRETED, num_warps=warps, maxnreg=registers,
         )  # fmt: skip
         return
     units, units_at_once = rows * dim // unit, elements // unit
@@ -225,6 +218,5 @@ def decode_nf4(
     programs = min(tiles, at_once) if per_core else tiles
     _decode_rows[(programs,)](
         *pointers, units, dim // unit, tiles, programs, weight.block_size, absmax_block, unit, units_at_once, in_block,
-        norm, largest, scale is not None, pairs and scale is not None, INTERPRETED, stages, num_warps=warps,
-        maxnreg=registers,
+        norm, largest, scale is not None, INTERPRETED, num_warps=warps, maxnreg=registers,
     )  # fmt: skip
