@@ -96,6 +96,9 @@ class LayerGraphs:
         self.recorded: dict[tuple[Any, Any], _Recorded] = {}
         """(a layer's function, key of a shape) -> its graphs."""
         self.seconds = 0.0
+        self.lends_gradients = False
+        """Whether gradients of parameters need not outlive the hooks that are called with them: then they are not
+        copied from where the graphs leave them."""
         self._flows: dict[Any, Flow] = {}
         self._signatures: dict[Any, int] = {}
         self._last: tuple[tuple, int, tuple[torch.Tensor, ...]] | None = None
@@ -337,7 +340,11 @@ class _Recorded:
         self._backward()
         self._running = None
         self.place.runs.discard(run)
-        return self.flow.g if self._needs_input else None, *copies(self._found)
+        if self.graphs.lends_gradients:  # tensors that nobody else holds: AccumulateGrad would copy others
+            gradients = [None if gradient is None else gradient.detach() for gradient in self._found]
+        else:
+            gradients = copies(self._found)
+        return self.flow.g if self._needs_input else None, *gradients
 
 
 class _Call(nn.Module):

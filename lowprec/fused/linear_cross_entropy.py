@@ -111,7 +111,9 @@ def _chunks(hidden, weight, bias, targets, scale, softcap, rows, needed):
     """The loss, and the gradients that ``needed`` asks for (None for the others): of hidden, weight and bias."""
     needs_hidden, needs_weight, needs_bias = needed
     grad_hidden = torch.empty_like(hidden) if needs_hidden else None
-    grad_weight = torch.zeros_like(weight) if needs_weight else None
+    grad_weight = torch.empty_like(weight) if needs_weight else None
+    if grad_weight is not None and not hidden.shape[0]:
+        grad_weight.zero_()
     grad_bias = torch.zeros_like(bias) if needs_bias else None
     wide = torch.float64 if hidden.dtype == torch.float64 else torch.float32
     losses = torch.zeros(hidden.shape[0], dtype=wide, device=hidden.device)
@@ -127,7 +129,7 @@ def _chunks(hidden, weight, bias, targets, scale, softcap, rows, needed):
         if grad_hidden is not None:
             torch.mm(z, weight, out=grad_hidden[part])
         if grad_weight is not None:
-            grad_weight.addmm_(z.t(), h)
+            torch.addmm(grad_weight, z.t(), h, beta=int(start > 0), out=grad_weight)
         if grad_bias is not None:
             grad_bias += z.sum(0, dtype=wide)
     return losses.sum(), grad_hidden, grad_weight, grad_bias

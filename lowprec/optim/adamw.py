@@ -153,6 +153,11 @@ class AdamW(torch.optim.Optimizer):
             self._in_backward = UpdateInBackward(params, self._chunks_of, self._update, lambda: self.found_inf)
 
     @property
+    def uses_gradients_at_once(self) -> bool:
+        """Whether each gradient is used, and freed, as soon as backward has completed it."""
+        return self._in_backward is not None and all(len(chunk.parameters) == 1 for chunk in self._store.chunks)
+
+    @property
     def grad_norm(self) -> Tensor | None:
         """The norm of the gradients of this step so far (0-dim, on the device); None if not updating in backward."""
         return None if self._in_backward is None else self._in_backward.norm

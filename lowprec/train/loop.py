@@ -230,6 +230,8 @@ class Run:
             return
         if options.max_grad_norm is None and alone:
             self.optimizer.update_in_backward()
+            if self.activations.graphs is not None:
+                self.activations.graphs.lends_gradients = self.optimizer.uses_gradients_at_once
         elif self.recipe.choice("state_store") != "gpu":
             why = f"train.max_grad_norm={options.max_grad_norm} clips by the exact norm of all gradients"
             if options.max_grad_norm is None:

@@ -223,6 +223,24 @@ def test_packed_rows():
 
 
 @pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_that_are_used_at_once_are_not_copied(policy, monkeypatch):
+    plain = tiny_model("llama")
+    model = copy.deepcopy(plain)
+    activations, _ = graphed(model, policy, monkeypatch)
+    activations.graphs.lends_gradients = True
+    monkeypatch.setattr("lowprec.activations.graphs.copies", None)
+
+    def use(parameter):
+        with torch.no_grad():
+            parameter -= 0.1 * parameter.grad
+        parameter.grad = None
+
+    for parameter in (*plain.parameters(), *model.parameters()):
+        parameter.register_post_accumulate_grad_hook(use)
+    same(train(model, 5), train(plain, 5))
+
+
+@pytest.mark.parametrize("policy", POLICIES)
 def test_shapes_in_turn(policy, monkeypatch):
     """With ``none`` they share memory, and the pass of one must not begin before the other's has ended."""
     plain = adapted(tiny_model("llama"))

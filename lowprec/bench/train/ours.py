@@ -65,6 +65,8 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     optimizer = recipe.optimizer.build(model, recipe.state_store)
     if isinstance(optimizer, AdamW) and recipe.train.max_grad_norm is None:
         optimizer.update_in_backward()
+        if activations.graphs is not None:
+            activations.graphs.lends_gradients = optimizer.uses_gradients_at_once
     schedule = build_schedule(optimizer, recipe.optimizer, work.warmup + work.timed)
     wrapped = accelerator.prepare_model(model)
     prepared = accelerator.prepare_optimizer(optimizer)
