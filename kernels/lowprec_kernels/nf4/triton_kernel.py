@@ -23,6 +23,9 @@ from lowprec_kernels.nf4.reference import Packed
 from lowprec_kernels.quantize_rows.reference import LARGEST_CODE
 from lowprec_kernels.quantize_rows.triton_kernel import ROUND, _cast, cores_and_shared
 
+LEAST_SUM = 32
+"""Order of the signs at least. Of numbers that were bytes when they were loaded, products over 16 gave wrong codes on
+an H100 (Triton 3.6, 70 x 576 in tiles of 16 rows); over 64, as all layers have them, they are right."""
 CLAMPED = tl.constexpr(INTERPRETED or torch.version.hip is not None)  # elsewhere the cast to e4m3 saturates by itself
 
 
@@ -88,10 +91,11 @@ def _decode_rows(
     """UNITS units at a time, as they lie in memory; IN_BLOCK is a unit or several."""
     dtype: tl.constexpr = out_ptr.dtype.element_ty
     WITHIN: tl.constexpr = IN_BLOCK == UNIT
+    ORDER: tl.constexpr = IN_BLOCK if IN_BLOCK > 32 else 32  # of the signs: see LEAST_SUM
     table = _table(levels_ptr, CODES)
     if IN_BLOCK > 1:
-        h = signs(IN_BLOCK, True).to(tl.float16) if WITHIN else signs(IN_BLOCK, FP32)
-    for tile in range(tl.program_id(0), tiles, PROGRAMS):
+        h = signs(IN_BLOCK, True, ORDER).to(tl.float16) if WITHIN else signs(IN_BLOCK, FP32, ORDER)
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=1):
         unit = tile * UNITS + tl.arange(0, UNITS)
         there = unit < units
         block = unit // (BLOCK // UNIT)
@@ -102,10 +106,11 @@ def _decode_rows(
             factor *= NORM
         z = _levels(packed_ptr, unit, there, table, UNIT, CODES)
         if WITHIN:
-            z = tl.dot(z.to(tl.float16), h)
+            z = tl.dot(tl.reshape(z, [UNITS * UNIT // ORDER, ORDER]).to(tl.float16), h)
+            z = tl.reshape(z, [UNITS, UNIT])
         z = z.to(tl.float32)
         if IN_BLOCK > UNIT:
-            z = tl.reshape(z * factor[:, None], [UNITS * UNIT // IN_BLOCK, IN_BLOCK]).to(h.dtype)
+            z = tl.reshape(z * factor[:, None], [UNITS * UNIT // ORDER, ORDER]).to(h.dtype)
             z = tl.reshape(tl.dot(z, h, input_precision="ieee"), [UNITS, UNIT])
             factor = tl.full([UNITS], 1.0, tl.float32)
         z = _codes(z, factor[:, None], LARGEST, dtype) if CODES else (z * factor[:, None]).to(dtype)
@@ -120,19 +125,18 @@ def _decode_columns(
     BLOCK: tl.constexpr, ABSMAX_BLOCK: tl.constexpr, UNIT: tl.constexpr, ROWS: tl.constexpr, COLUMNS: tl.constexpr,
     IN_BLOCK: tl.constexpr, ROW_BLOCK: tl.constexpr, NORM: tl.constexpr, LARGEST: tl.constexpr, FP32: tl.constexpr,
 ):  # fmt: skip
-    """ROWS by COLUMNS at a time, down a strip of columns; COLUMNS is IN_BLOCK where that rotates, ROWS a multiple of
-    ROW_BLOCK."""
+    """ROWS by COLUMNS at a time, down a strip of columns; COLUMNS is a multiple of IN_BLOCK, ROWS of ROW_BLOCK."""
     UNITS: tl.constexpr = COLUMNS // UNIT
     column = tl.program_id(1) * COLUMNS + tl.arange(0, COLUMNS)
     factor = NORM / tl.load(scale_ptr + column, column < dim, 1.0)
     table = _table(levels_ptr, True)
     if IN_BLOCK > 1:
-        h = signs(IN_BLOCK, FP32)
+        h = signs(IN_BLOCK, FP32, COLUMNS)
     if ROW_BLOCK > 1:
         rows_h = signs(ROW_BLOCK, FP32, ROWS)
     i = tl.arange(0, ROWS * UNITS)
     start = tl.program_id(1) * UNITS + i % UNITS
-    for tile in range(tl.program_id(0), tiles, PROGRAMS):
+    for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=1):
         unit_row = tile * ROWS + i // UNITS
         there = (unit_row < rows) & (start < units_a_row)
         unit = unit_row * units_a_row + start
@@ -194,9 +198,10 @@ def decode_nf4(
         return
     chosen = settings or settings_for(in_block > 1 or row_block > 1, scale is not None, transposed)
     (tall, wide), warps, per_core, registers = chosen
-    elements = max(tall * wide, 16 * in_block if in_block > 1 else 1)
-    wide = in_block if in_block > 1 else wide
-    unit = min(wide, weight.block_size, dim & -dim)  # the largest power of two that divides a row
+    elements = max(tall * wide, 16 * max(in_block, LEAST_SUM) if in_block > 1 else 1)
+    wide = max(in_block, LEAST_SUM) if in_block > 1 else wide
+    longest = in_block if in_block > 1 else wide
+    unit = min(longest, weight.block_size, dim & -dim)  # the last: the largest power of two that divides a row
     absmax_block = weight.absmax_block if weight.absmax_levels is not None else 0
     largest, norm = LARGEST_CODE.get(out.dtype, 0.0), (in_block * row_block) ** -0.5
     pointers = (
@@ -205,7 +210,7 @@ def decode_nf4(
     )  # fmt: skip
     at_once = per_core * cores_and_shared(out.device)[0]
     if transposed:
-        tall = max(tall, row_block)
+        tall = max(tall, row_block, LEAST_SUM)
         tiles, strips = triton.cdiv(padded, tall), triton.cdiv(dim, wide)
         programs = min(tiles, max(1, at_once // strips)) if per_core else tiles
         _decode_columns[(programs, strips)](
