@@ -9,6 +9,8 @@ grows by pages of 2 MiB and 20 MiB, so that only holes between living blocks are
 from bisect import bisect_left, insort
 from collections.abc import Iterable
 
+from lowprec.plan.tape import Event
+
 MIN_BLOCK = 512
 SMALL = 1 << 20
 SMALL_SEGMENT = 2 << 20
@@ -64,9 +66,9 @@ class CachingAllocator:
         self._next_address = {True: 1 << 60, False: 0}
         self._blocks: dict[object, tuple[_Block, bool]] = {}
 
-    def replay(self, events: Iterable[tuple[str, bool, object, int, str]]) -> int:
+    def replay(self, events: Iterable[Event]) -> int:
         """Play the events of a tape; returns the peak."""
-        for _, comes, identity, nbytes, _ in events:
+        for _, comes, identity, nbytes, *_ in events:
             if not nbytes:
                 continue
             if comes:

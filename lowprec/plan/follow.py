@@ -18,6 +18,11 @@ CUBLAS_HANDLES = 2
 GRADIENT = ".grad"
 
 
+def cublas_workspace(capability: tuple[int, int] | None) -> int:
+    """Bytes that cuBLAS keeps for one handle and stream."""
+    return CUBLAS_WORKSPACE.get((capability or (9, 0))[0], CUBLAS_WORKSPACE_OTHER)
+
+
 @dataclass
 class Followed:
     """A model whose hooks tell the tracker of the moment where a step stands. Make one, then follow steps."""
@@ -86,7 +91,7 @@ class Followed:
         for buffer in buffers:
             self.tracker.hold(buffer, "workspace")
         for _ in range(CUBLAS_HANDLES):
-            self.tracker.reserve(CUBLAS_WORKSPACE.get(self.capability[0], CUBLAS_WORKSPACE_OTHER), "workspace")
+            self.tracker.reserve(cublas_workspace(self.capability), "workspace")
 
     def _mark_gradient(self, parameter: Tensor) -> None:
         if parameter.grad is not None:

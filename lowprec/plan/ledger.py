@@ -4,7 +4,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 from lowprec.plan.allocator import rounded
-from lowprec.plan.tape import KINDS
+from lowprec.plan.tape import KINDS, Event
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,13 +18,13 @@ class Peak:
     """The most in each phase."""
 
 
-def peak_of(events: Iterable[tuple[str, bool, object, int, str]]) -> Peak:
+def peak_of(events: Iterable[Event]) -> Peak:
     """Of a tape's events, as ``torch.cuda.max_memory_allocated`` counts: in blocks of 512 bytes."""
     alive = dict.fromkeys(KINDS, 0)
     total = highest = 0
     at, parts = "", dict(alive)
     by_phase: dict[str, int] = {}
-    for phase, comes, _, nbytes, kind in events:
+    for phase, comes, _, nbytes, kind, *_ in events:
         size = rounded(nbytes)
         if comes:
             alive[kind] += size

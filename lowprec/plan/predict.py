@@ -14,11 +14,13 @@ from lowprec.machine import Machine, named_card
 from lowprec.model import AUTO, Model, load_config
 from lowprec.model_source import ModelSource, resolve_source
 from lowprec.plan.allocator import CachingAllocator
+from lowprec.plan.follow import CUBLAS_HANDLES, cublas_workspace
+from lowprec.plan.graphs import with_graphs
 from lowprec.plan.ledger import Peak, peak_of
 from lowprec.plan.model import has_like_layers, with_layers
 from lowprec.plan.states import States, Trained, states_of
 from lowprec.plan.step import TracedRecipe, updates_in_backward
-from lowprec.plan.tape import KINDS, MIDDLE, TEMPLATE_LAYERS, NotUniformError, Stretched, Tape
+from lowprec.plan.tape import KINDS, MIDDLE, TEMPLATE_LAYERS, Event, NotUniformError, Stretched, Tape
 from lowprec.plan.timing import StepTime, step_time
 from lowprec.train.options import Train
 
@@ -166,14 +168,24 @@ class Planner:
         try:
             if few:
                 tape = tape.stretched(self._depth)  # type: ignore[union-attr]
-            # lowprec switches expandable segments on, which PyTorch has on Linux alone.
-            allocator = CachingAllocator(expandable=sys.platform == "linux")
-            events = list(tape.events())
-            return _Traced(traced, tape, peak_of(events), allocator.replay(events), traced.offloaded_bytes)
+            peak, reserved = self._memory(recipe, list(tape.events()), rows * length)
+            return _Traced(traced, tape, peak, reserved, traced.offloaded_bytes)
         except NotUniformError:
             self._whole.add(key)
             del self._traced[key]
             return self._trace(recipe, key, rows, length)
+
+    def _memory(self, recipe: Recipe, events: list[Event], tokens: int) -> tuple[Peak, int]:
+        expandable = sys.platform == "linux"  # lowprec switches them on, which PyTorch has there alone
+        if not _in_graphs(recipe) or not tokens:
+            return peak_of(events), CachingAllocator(expandable=expandable).replay(events)
+        return with_graphs(
+            events,
+            recompute=recipe.train.gradient_checkpointing != "none",
+            hidden=tokens * self.config.get_text_config().hidden_size * recipe.model.torch_dtype.itemsize,
+            workspaces=CUBLAS_HANDLES * cublas_workspace(self._card.capability),
+            expandable=expandable,
+        )
 
     def _predict(self, recipe: Recipe, found: "_Traced", rows: int, length: int) -> Prediction:
         traced, tape = found.recipe, found.tape
@@ -191,6 +203,7 @@ class Planner:
                 update_bytes=3 * weights + 2 * sum(nbytes for _, nbytes in states.device),
                 in_backward=updates_in_backward(recipe),
                 offloaded_bytes=found.offloaded_bytes * self._depth / traced.num_layers,
+                in_graphs=_in_graphs(recipe),
             )
             tokens = rows * length * accumulated / time.total_ms * 1e3
             joules = None if self.machine.power_w is None else self.machine.power_w * time.total_ms / 1e3
@@ -210,6 +223,11 @@ class Planner:
             energy_j=joules,
             schemes={name: _stretched_count(count, scale, traced.num_layers) for name, count in counts.items()},
         )
+
+
+def _in_graphs(recipe: Recipe) -> bool:
+    """``lowprec.activations.why_no_graphs`` says what else there is against them."""
+    return recipe.train.cuda_graphs and recipe.train.gradient_checkpointing != "selective"
 
 
 def _stretched_count(count: int, scale: float, num_layers: int) -> int:

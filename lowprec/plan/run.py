@@ -79,11 +79,6 @@ def _limits_of(recipe: Recipe) -> list[str]:
         notes.append("Where training chooses kernels by measuring (auto), the plan chooses by predicted times.")
     if recipe.train.torch_compile:
         notes.append("train.torch_compile=true is predicted as if it were false.")
-    if recipe.train.cuda_graphs:
-        notes.append(
-            "train.cuda_graphs=true is predicted as if it were false: its graphs hold 0.2 to 1.3 GB more (measured for "
-            "8B and 1B shapes), and save the time that the host takes to launch kernels."
-        )
     if recipe.choice("optimizer").startswith("paged"):
         notes.append(
             "Paged states are counted in host memory; the driver may keep them on the GPU where there is room."

@@ -10,12 +10,28 @@ the layers turn out not to be alike, ``Tape.stretched`` says so and the caller t
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 TEMPLATE_LAYERS = 5
 MIDDLE = 2
 
 KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
 """What holds device memory, in the order of reports; there ``slack`` and ``context`` follow."""
+
+
+class Event(NamedTuple):
+    """A storage comes or goes."""
+
+    phase: str
+    comes: bool
+    storage: object
+    """Its identity."""
+    nbytes: int
+    kind: str
+    in_layer: bool
+    """Whether it came in a layer."""
+    run: int
+    """Number of the ``Run`` in which this happens."""
 
 
 class NotUniformError(Exception):
@@ -69,12 +85,16 @@ class Tape:
     def begin(self, phase: str, layer: int | None = None) -> None:
         self.runs.append(Run(phase, layer))
 
-    def events(self) -> Iterator[tuple[str, bool, object, int, str]]:
-        """(phase, whether it comes, an identity, bytes, kind) of every event in turn."""
-        for run in self.runs:
+    def events(self) -> Iterator[Event]:
+        """Every event in turn."""
+        inside: set[int] = set()
+        for number, run in enumerate(self.runs):
             for event in run.events:
-                storage = event >> 1
-                yield run.phase, event & 1 == 0, storage, self.sizes[storage], self.kinds[storage]
+                storage, comes = event >> 1, event & 1 == 0
+                if comes and run.layer is not None:
+                    inside.add(storage)
+                size, kind = self.sizes[storage], self.kinds[storage]
+                yield Event(run.phase, comes, storage, size, kind, storage in inside, number)
 
     def stretched(self, num_layers: int) -> "Stretched":
         """This step as a model of ``num_layers`` layers takes it.
@@ -109,10 +129,10 @@ class Stretched:
         for _, run, _ in self._played():
             yield run
 
-    def events(self) -> Iterator[tuple[str, bool, object, int, str]]:
+    def events(self) -> Iterator[Event]:
         sizes, kinds = self._tape.sizes, self._tape.kinds
         alive: set[tuple[int, int | None, int]] = set()
-        for _, run, shift in self._played():
+        for number, (_, run, shift) in enumerate(self._played()):
             for event in run.events:
                 storage, key = event >> 1, self._owner[event >> 1]
                 layer = None if key.layer is None else key.layer + shift
@@ -124,7 +144,7 @@ class Stretched:
                     alive.remove(place)
                 else:
                     continue  # what all layers share goes once
-                yield run.phase, event & 1 == 0, place, sizes[storage], kinds[storage]
+                yield Event(run.phase, event & 1 == 0, place, sizes[storage], kinds[storage], layer is not None, number)
         for sweep, layer, ordinal in alive:
             if self._at(sweep, layer)[ordinal] in self._goes:
                 raise NotUniformError(f"something that layer {layer} allocates is never freed")

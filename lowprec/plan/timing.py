@@ -13,6 +13,8 @@ and 63 % backward (arXiv:2307.08691), on H100 35 to 40 % (arXiv:2407.08608, sect
 HOST_US_PER_CALL = 10.0
 """Time that the host takes to launch one operator from PyTorch with autograd; a step is no faster than its host.
 An assumption: the machine profile does not measure it yet."""
+CALLS_PER_GRAPH = 4
+"""Of a layer that is replayed: its input copied to its place, the graph, its result copied from there, gradients."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,6 +53,7 @@ def step_time(
     update_bytes: float,
     in_backward: bool,
     offloaded_bytes: float = 0.0,
+    in_graphs: bool = False,
 ) -> StepTime:
     """The time of one optimizer step.
 
@@ -59,6 +62,7 @@ def step_time(
         update_bytes: that the optimizer reads and writes on the device.
         in_backward: whether transfers of states overlap with backward.
         offloaded_bytes: activations sent to the host by a micro-batch.
+        in_graphs: whether the host launches layers as CUDA graphs.
     """
     known: dict[Product, float] = {}
     products = traffic = calls = 0.0
@@ -70,7 +74,7 @@ def step_time(
             products += times * count * known[product]
         for nbytes, count in run.moves.items():
             traffic += times * count * machine.traffic_ms(nbytes)
-        calls += times * run.calls
+        calls += times * (run.calls if run.layer is None or not in_graphs else min(run.calls, CALLS_PER_GRAPH))
     host = calls * HOST_US_PER_CALL / 1e3
     update = machine.traffic_ms(update_bytes)
     device = products + traffic

@@ -14,12 +14,12 @@ from torch.profiler import ProfilerActivity
 
 _CLASSES = (
     ("rotations", r"rotate|rotated|hadamard|lowprec::rotate"),
-    ("casts", r"quantize|quantise|transpose_codes|_column_amax|_decode\b|_to_copy|aten::copy_"
+    ("casts", r"quantize|quantise|transpose_codes|_column_amax|_decode(_rows|_columns)?\b|_to_copy|aten::copy_"
               r"|copy_kernel.*(load|store)withcast|(bfloat16|float16|float8\w*)_copy_kernel"),
     ("attention", r"flash|fmha|attention|attn"),
     ("products", r"gemm|cutlass|cublas|nvjet|xmma|wgmma|splitk|_persistent|_simple|scaled_mm|scaled_matmul"
                  r"|aten::(add|baddb|b)?mm_?\b|aten::linear|_int_mm"),
-    ("optimizer", r"adam|multi_tensor|lamb|optimizer"),
+    ("optimizer", r"adam|multi_tensor|lamb|optimizer|gradient_norm"),
     ("loss", r"cross_entropy|log_softmax|nll_loss|softmax"),
     ("memory moves", r"memcpy|memset|copy_kernel|fillfunctor|aten::(zero_|fill_)"),
 )  # fmt: skip

@@ -4,13 +4,14 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowprec.plan.allocator import CachingAllocator, rounded
+from lowprec.plan.tape import Event
 
 MIB = 2**20
 
 
 def replay(*events: tuple[str, int], expandable: bool = False) -> CachingAllocator:
     allocator = CachingAllocator(expandable=expandable)
-    allocator.replay(("", size > 0, name, abs(size), "") for name, size in events)
+    allocator.replay(Event("", size > 0, name, abs(size), "", False, 0) for name, size in events)
     return allocator
 
 
@@ -49,12 +50,12 @@ def test_fragmentation_is_what_expandable_segments_save():
 def test_what_is_reserved_holds_what_is_allocated(sizes, expandable, random):
     allocator, alive, total = CachingAllocator(expandable=expandable), {}, 0
     for number, size in enumerate(sizes):
-        allocator.replay([("", True, number, size, "")])
+        allocator.replay([Event("", True, number, size, "", False, 0)])
         alive[number] = rounded(size)
         assert allocator.reserved >= sum(alive.values())
         if random.random() < 0.4:
             gone = random.choice(sorted(alive))
-            allocator.replay([("", False, gone, alive.pop(gone), "")])
+            allocator.replay([Event("", False, gone, alive.pop(gone), "", False, 0)])
         total += size
     held = sorted((block.address, block.size) for block, _ in allocator._blocks.values())
     assert all(a + n <= b for (a, n), (b, _) in zip(held, held[1:], strict=False)), "two blocks overlap"

@@ -140,8 +140,8 @@ def test_without_a_card_there_are_no_times(folder, monkeypatch, tmp_path):
 
 
 def test_what_is_not_predicted_is_said(folder):
-    answer = planned(folder, "lora", "train.cuda_graphs=true").to_dict()
-    assert any("cuda_graphs=true is predicted as if it were false" in note for note in answer["notes"])
+    answer = planned(folder, "lora", "train.torch_compile=true", "train.gradient_checkpointing=none").to_dict()
+    assert any("torch_compile=true is predicted as if it were false" in note for note in answer["notes"])
 
 
 def test_schemes_that_measure_are_predicted(folder):

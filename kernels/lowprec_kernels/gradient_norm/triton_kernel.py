@@ -18,7 +18,7 @@ def make_scratch(device: torch.device) -> Tensor:
 
 # The norm of one parameter is an entry of a vector: compiled once, wherever it lies.
 @triton.jit(do_not_specialize=["repeats"], do_not_specialize_on_alignment=["norm_ptr", "found_inf_ptr"])
-def _norm_kernel(
+def _gradient_norm(
     x_ptr, norm_ptr, found_inf_ptr, scratch_ptr, count, repeats, TILE: tl.constexpr, PROGRAMS: tl.constexpr
 ):  # fmt: skip
     program, programs = tl.program_id(0), tl.num_programs(0)
@@ -52,4 +52,4 @@ def norm_(x: Tensor, norm: Tensor, found_inf: Tensor, scratch: Tensor) -> None:
     tiles = triton.cdiv(count, TILE)
     programs = min(PROGRAMS, tiles)
     repeats = triton.cdiv(tiles, programs)
-    _norm_kernel[(programs,)](x, norm, found_inf, scratch, count, repeats, TILE, PROGRAMS, num_warps=NUM_WARPS)
+    _gradient_norm[(programs,)](x, norm, found_inf, scratch, count, repeats, TILE, PROGRAMS, num_warps=NUM_WARPS)

@@ -1,0 +1,67 @@
+"""What changes in memory where decoder layers are replayed as CUDA graphs (lowprec.activations.graphs).
+
+What a layer needs while it runs lies in a pool of the graphs' own, which nothing else can use between replays. With
+``none``, so does what it keeps for backward, and that stays there for good. Beside the pool there are two places for a
+layer's input and gradient, and cuBLAS has its workspaces for one more stream.
+"""
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+from lowprec.plan.allocator import CachingAllocator
+from lowprec.plan.ledger import Peak, peak_of
+from lowprec.plan.tape import Event
+from lowprec.plan.tracker import BACKWARD, FORWARD
+
+
+def with_graphs(
+    events: Sequence[Event], *, recompute: bool, hidden: int, workspaces: int, expandable: bool
+) -> tuple[Peak, int]:
+    """The peak of a step and what the allocator reserves, in bytes.
+
+    Args:
+        events: of a step as it is without graphs.
+        recompute: whether layers are computed again in backward.
+        hidden: bytes of a layer's input.
+        workspaces: bytes of those of cuBLAS for one stream.
+    """
+    main, pool = _apart(events, recompute)
+    beside = 2 * hidden + workspaces
+    reserved = [CachingAllocator(expandable=expandable).replay(part) for part in (main, pool)]
+    # Layers are recorded one by one in a forward pass, when no gradient is there: not more than backward holds.
+    kept = (
+        0
+        if recompute
+        else sum(e.nbytes for e in pool if e.comes and e.kind == "activations")
+        - sum(e.nbytes for e in pool if not e.comes and e.kind == "activations")
+    )
+    peak = peak_of(events if recompute else main)
+    parts = dict(peak.parts)
+    parts["activations"] += kept
+    parts["workspace"] += beside
+    by_phase = {phase: nbytes + kept + beside for phase, nbytes in peak.by_phase.items()}
+    return replace(peak, allocated=peak.allocated + kept + beside, parts=parts, by_phase=by_phase), sum(
+        reserved
+    ) + beside
+
+
+def _apart(events: Sequence[Event], recompute: bool) -> tuple[list[Event], list[Event]]:
+    """The events outside the graphs' pool, and those in it."""
+    came = {e.storage: e for e in events if e.comes}
+    goes_in = {e.storage: e.run for e in events if not e.comes}
+    main: list[Event] = []
+    pool: list[Event] = []
+    for event in events:
+        first = came[event.storage]
+        passes = goes_in.get(event.storage) == first.run
+        if not first.in_layer or first.phase not in (FORWARD, BACKWARD):
+            main.append(event)
+        elif passes:
+            pool.append(event)
+        elif event.kind == "gradients":
+            main.append(event)
+        elif first.phase == FORWARD and recompute:
+            main.append(event)  # the input of the layer above
+        elif first.phase == FORWARD and event.comes:
+            pool.append(event)  # for good
+    return main, pool
