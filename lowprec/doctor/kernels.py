@@ -49,6 +49,8 @@ def check_kernels() -> Iterator[Check]:
         for states in ("fp32", "int8"):
             remedy = "Set state_store=cpu, or model.dtype=fp32 with optimizer.state_dtype=fp32: both need no kernel."
             yield attempt(GROUP, f"AdamW, {states} states", partial(_adamw, device, states), remedy=remedy)
+        remedy = "Set train.max_grad_norm=1.0: then nothing is updated in backward, which alone needs this kernel."
+        yield attempt(GROUP, "gradient norm", partial(_gradient_norm, device), remedy=remedy)
 
 
 def trials(device: torch.device) -> Iterator[Trial]:
@@ -119,3 +121,20 @@ def _adamw(device: torch.device, states: str) -> str:
         optimizer.close()
         moved.append(weight.detach().cpu().float() - start.float())
     return f"{judged(moved[0], moved[1], LEAST_DB)} from the reference"
+
+
+def _gradient_norm(device: torch.device) -> str:
+    """Of finite numbers, and the flag of an infinite one."""
+    from lowprec_kernels.gradient_norm import reference, triton_kernel
+
+    x = random_pair(device)[0].bfloat16()
+    scratch = triton_kernel.make_scratch(device)
+    found, expected = torch.zeros(2, device=device), torch.zeros(2, device=device)
+    triton_kernel.norm_(x, found[0], found[1], scratch)
+    reference.norm_(x, expected[0], expected[1])
+    level = judged(expected, found, LEAST_DB)
+    x[0, 0] = float("inf")
+    triton_kernel.norm_(x, found[0], found[1], scratch)
+    if not found[1]:
+        raise RuntimeError("an infinite gradient raised no flag")
+    return f"{level} from the reference"
