@@ -17,7 +17,8 @@ ordinary path, with the same numbers. So does a layer that is watched (hooks, mo
 draws random numbers, or whose trained parameters were moved. The borders of packed samples are filled up with empty
 samples, so that few numbers of them come.
 
-The gradient that a layer hands to the one below lies in ``g``: who wants to keep it has to copy it.
+The gradient that a layer hands to the one below lies in ``g``, and with ``none`` its result in the graphs' memory: the
+next pass writes over them, so who wants to keep them has to copy them.
 """
 
 import copy

@@ -25,6 +25,8 @@ KINDS = {
     "paged_adamw_8bit": ("full", "model.dtype=bf16", "optimizer=paged_adamw_8bit"),
     "cpu_states": ("full", "model.dtype=bf16", "state_store=cpu"),
     "fp16_lora": ("lora", "model.dtype=fp16"),
+    "lora_in_graphs": ("lora", "model.dtype=bf16", "train.cuda_graphs=true"),
+    "full_in_graphs": ("full", "model.dtype=bf16", "train.cuda_graphs=true", "train.gradient_checkpointing=full"),
 }  # fmt: skip
 
 
