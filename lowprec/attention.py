@@ -19,7 +19,7 @@ from transformers import PreTrainedModel
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.modeling_utils import ALL_ATTENTION_FUNCTIONS
 
-from lowprec.data.documents import Documents
+from lowprec.data.documents import Documents, power_of_two
 
 CAUSAL_SDPA = "lowprec_causal_sdpa"
 LONG_ROW = 4096
@@ -50,7 +50,10 @@ def attention(
         ValueError: the architecture wants more of attention than this: soft caps, biases, sinks.
     """
     rows, heads, tokens, dim = query.shape
-    longest = documents.longest if documents is not None else tokens
+    flash = why_no_flash(query, dropout) is None
+    longest = tokens
+    if documents is not None:  # FlashAttention is told a power of two, as graphs tell it: the same kernels in both
+        longest = power_of_two(documents.longest) if flash else documents.longest
     hides = sliding_window is not None and sliding_window < longest and key.shape[2] == tokens
     if attention_mask is not None or (documents is None and not hides):
         return sdpa_attention_forward(module, query, key, value, attention_mask, dropout, scaling, **kwargs)
@@ -64,7 +67,7 @@ def attention(
     parts = [t.transpose(1, 2) for t in (query, key, value)]
     if documents is not None:
         parts = [t.reshape(rows * tokens, t.shape[2], dim) for t in parts]
-    if why_no_flash(query, dropout) is None:
+    if flash:
         borders = documents.borders if documents is not None else None
         out = torch.ops.aten._flash_attention_forward(
             *parts, borders, borders, longest, longest, 0.0, True, False,

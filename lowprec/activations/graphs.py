@@ -17,8 +17,8 @@ ordinary path, with the same numbers. So does a layer that is watched (hooks, mo
 draws random numbers, or whose trained parameters were moved. The borders of packed samples are filled up with empty
 samples, so that few numbers of them come.
 
-The gradient that a layer hands to the one below lies in ``g``, and with ``none`` its result in the graphs' memory: the
-next pass writes over them, so who wants to keep them has to copy them.
+With ``none`` a layer's result lies in the graphs' memory: the next pass writes over it, so who wants to keep it has to
+copy it.
 """
 
 import copy
@@ -26,7 +26,7 @@ import time
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from functools import partial
 from operator import is_not
@@ -50,10 +50,11 @@ SEEN_BEFORE = 2
 MOST_SHAPES = 8
 
 Replay = Callable[[], None]
+Left = list[torch.Tensor | None]
 
 
 class Recorder:
-    """Records what a function launches: ``record(function)`` gives the replay. All graphs share one pool of memory."""
+    """Records what a function launches. All graphs share one pool of memory."""
 
     def __init__(self) -> None:
         self._pool: Any = None
@@ -64,22 +65,23 @@ class Recorder:
         release_decode_buffers()
         torch.cuda.empty_cache()
 
-    def record(self, function: Callable[[], None]) -> Replay:
-        """Raises what ``function`` raises, and RuntimeError for what no graph can hold."""
+    def record(self, function: Callable[[], Left]) -> tuple[Replay, Left]:
+        """The replay, and what the function gives: tensors that replays write to, on memory that graphs recorded later
+        may use, too, once nobody else holds it.
+
+        Raises:
+            What ``function`` raises, and RuntimeError for what no graph can hold.
+        """
         self._pool = self._pool or torch.cuda.graph_pool_handle()
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(capture_stream()):
+        with torch.cuda.stream(capture_stream(torch.cuda.current_device())):
             # Other threads may go on allocating and waiting while this one records.
             graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
             try:
-                function()
+                left = function()
             finally:
                 graph.capture_end()
-        return graph.replay
-
-    def left(self, tensor: torch.Tensor) -> torch.Tensor:
-        """What a recorded function left: replays write there again, and graphs recorded later may use the memory."""
-        return unowned(tensor)
+        return graph.replay, [None if tensor is None else unowned(tensor, graph) for tensor in left]
 
 
 class LayerGraphs:
@@ -97,9 +99,10 @@ class LayerGraphs:
         self.recorded: dict[tuple[Any, Any], _Recorded] = {}
         """(a layer's function, key of a shape) -> its graphs."""
         self.seconds = 0.0
+        self.layers: list[GraphedLayer] = []
+        """In the order of the model."""
         self.lends_gradients = False
-        """Whether gradients of parameters need not outlive the hooks that are called with them: then they are not
-        copied from where the graphs leave them."""
+        """Whether a parameter's hooks use up its gradient, which then is not copied from where the graph leaves it."""
         self._flows: dict[Any, Flow] = {}
         self._signatures: dict[Any, int] = {}
         self._last: tuple[tuple, int, tuple[torch.Tensor, ...]] | None = None
@@ -124,15 +127,28 @@ class LayerGraphs:
             self._last = values, self._signatures.setdefault(signature, len(self._signatures)), tensors
         return self._last[1:]
 
-    def place(self, key: Any, hidden: torch.Tensor, arguments: Any, tensors: tuple) -> Place | None:
-        """The fixed places of a shape, made now if they were not there. None where there are enough shapes, or where
-        the memory of this one is shared with a later one already."""
+    @property
+    def shares_parameters(self) -> bool:
+        """Whether a parameter is in several layers: its gradient then waits for that of the other one."""
+        counts = Counter(id(p) for layer in self.layers for p in layer.layer.parameters() if p.requires_grad)
+        return any(count > 1 for count in counts.values())
+
+    def place(self, key: Any, index: int, hidden: torch.Tensor, arguments: Any, tensors: tuple) -> Place | None:
+        """The fixed places of a shape for layer number ``index``, made now if they were not there. None where there
+        are enough shapes, or where what the layer keeps for backward would lie in memory that another one uses
+        meanwhile: graphs use again what those recorded before them give back, which are to be of lower layers."""
         if key in self.places:
-            return self.places[key] if self.recompute or key == next(reversed(self.places)) else None
+            place = self.places[key]
+            if not self.recompute and (key != next(reversed(self.places)) or index <= place.last_index):
+                self.ordinary.add("a layer came after others of its shape were recorded")
+                return None
+            place.last_index = index
+            return place
         if len(self.places) == MOST_SHAPES:
             self.ordinary.add(f"more than {MOST_SHAPES} shapes came")
             return None
         if not self.recompute and self.others_run(None):
+            self.ordinary.add("a shape came while another one's backward was to come")
             return None
         self.recorder.prepare()
         for recorded in self.recorded.values():
@@ -141,6 +157,7 @@ class LayerGraphs:
         if form not in self._flows:
             self._flows[form] = Flow(hidden)
         place = self.places[key] = Place(self._flows[form], tensors)
+        place.last_index = index
         # .data has a version counter of its own: the places are written to between forward and backward.
         place.layout = _with_tensors(arguments, tuple(argument.data for argument in place.arguments))
         return place
@@ -181,6 +198,10 @@ class GraphedLayer:
         self._hooks = [
             hooks for m in layer.modules() for hooks in (m._forward_hooks, m._forward_pre_hooks, m._backward_hooks)
         ]
+        self.index = len(graphs.layers)
+        graphs.layers.append(self)
+        self.runs: weakref.WeakSet[_Run] = weakref.WeakSet()
+        """Passes whose backward is to come."""
         self._seen: Counter[Any] = Counter()
         self._random: set[Any] = set()
 
@@ -224,7 +245,7 @@ class GraphedLayer:
     ) -> "_Recorded | None":
         begin = time.perf_counter()
         try:
-            place = self.graphs.place(key[0], hidden, arguments, tensors)
+            place = self.graphs.place(key[0], self.index, hidden, arguments, tensors)
             if place is None:
                 return None
             rest, keywords = place.layout
@@ -232,7 +253,7 @@ class GraphedLayer:
             def call(x: torch.Tensor) -> Any:
                 return function.func(*function.args, x, *rest, **keywords)
 
-            recorded = _Recorded(self.layer, call, hidden, place, self.graphs)
+            recorded = _Recorded(self, call, hidden, place)
         except (RuntimeError, TypeError, ValueError) as error:  # what no graph can hold, or no memory for it
             self.graphs.give_up(error)
             return None
@@ -250,19 +271,15 @@ class GraphedLayer:
 class _Recorded:
     """The two graphs of one layer for one shape."""
 
-    def __init__(
-        self, layer: nn.Module, call: Callable, hidden: torch.Tensor, place: Place, graphs: LayerGraphs
-    ) -> None:
-        self.graphs, self.place, self.flow, self.recompute = graphs, place, place.flow, graphs.recompute
-        recompute, flow, recorder = graphs.recompute, place.flow, graphs.recorder
+    def __init__(self, graphed: GraphedLayer, call: Callable, hidden: torch.Tensor, place: Place) -> None:
+        self.graphs, self.layer_runs, self.place, self.flow = graphed.graphs, graphed.runs, place, place.flow
+        layer, recorder, flow = graphed.layer, graphed.graphs.recorder, place.flow
+        self.recompute = recompute = graphed.graphs.recompute
         self.parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self._needs_input = hidden.requires_grad
         self.x = flow.x if recompute else flow.input_of(hidden)
-        self.y = self.x
         self._held: Any = None
-        self._found: Sequence[torch.Tensor | None] = ()
-        self._running: weakref.ref[_Run] | None = None
         kind = hidden.device.type
         options = {"enabled": torch.is_autocast_enabled(kind), "cache_enabled": False}
         autocast = partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), **options)
@@ -275,34 +292,35 @@ class _Recorded:
             functional_call, _Call(layer, call), {f"layer.{n}": t for n, t in zip(names, aliases, strict=True)}
         )
 
-        def forward() -> None:
+        def forward() -> Left:
             with torch.enable_grad(), autocast():
                 again = partial(checkpoint, aliased, use_reentrant=False, preserve_rng_state=False)
                 y = again(leaf) if recompute else aliased(leaf)
             if not isinstance(y, torch.Tensor) or y.shape != hidden.shape or y.dtype != hidden.dtype:
                 raise TypeError(f"{type(layer).__name__} gives something else than it is given")
             self._held = get_gradient_edge(y), y.detach()
-            if recompute:
-                self.x.copy_(y.detach())
-            else:
-                self.y = y.detach()
+            if not recompute:
+                return [y.detach()]
+            self.x.copy_(y.detach())
+            return []
 
-        def backward() -> None:
+        def backward() -> Left:
             wanted = [*([leaf] if self._needs_input else []), *aliases]
             found = torch.autograd.grad(self._held[0], wanted, flow.g, retain_graph=not recompute, allow_unused=True)
-            self._found = found[self._needs_input :]
             if self._needs_input:
                 flow.g.copy_(found[0])
+            return list(found[self._needs_input :])
 
+        results: Left
+        self._forward: Replay
+        self._backward: Replay
+        self._gradients: Left
         with torch.no_grad():
-            self._forward = recorder.record(forward)
-            self._backward = recorder.record(backward)
-        found: Sequence[torch.Tensor | None] = self._found
-        self._found = [None if gradient is None else recorder.left(gradient) for gradient in found]
+            self._forward, results = recorder.record(forward)
+            self._backward, self._gradients = recorder.record(backward)
+        self._y = None if recompute else results[0]
         if recompute:
             self.give_memory_back()
-        else:
-            self.y = recorder.left(self.y)
         place.forget()
 
     def give_memory_back(self) -> None:
@@ -314,38 +332,40 @@ class _Recorded:
         a replay would write over: a second forward pass before the first one's backward takes the ordinary path."""
         if [p.data_ptr() for p in self.parameters if p.requires_grad] != self._addresses:
             return False
-        if self.recompute:
-            return True
-        return (self._running is None or self._running() is None) and not self.graphs.others_run(self.place)
+        return self.recompute or not (self.layer_runs or self.graphs.others_run(self.place))
 
     def run_forward(self, hidden: torch.Tensor, arguments: tuple, run: "_Run") -> torch.Tensor:
         self.place.load(arguments)
         if self.recompute:
             self.flow.hold(hidden)
-        else:
-            self.place.runs.add(run)
-            self._running = weakref.ref(run)
-            if hidden.data_ptr() != self.x.data_ptr():
-                self.x.copy_(hidden)
+        elif hidden.data_ptr() != self.x.data_ptr():
+            self.x.copy_(hidden)
+        self.place.runs.add(run)
+        self.layer_runs.add(run)
         self._forward()
-        result = self.x.clone() if self.recompute else self.y.detach()
+        result = self.x.clone() if self._y is None else self._y.detach()
         self.flow.holds(result)
         return result
 
     def run_backward(self, hidden: torch.Tensor | None, arguments: tuple, run: "_Run", gradient: torch.Tensor) -> tuple:
+        if not self.recompute and run not in self.layer_runs:
+            raise RuntimeError(
+                "Backward came a second time through a layer that is replayed as a CUDA graph and holds what backward "
+                "needs once: set train.cuda_graphs=false, or train.gradient_checkpointing=full."
+            )
         self.place.load(arguments)
         if hidden is not None:
             self.flow.hold(hidden)
-        if gradient is not self.flow.g:
-            self.flow.g.copy_(gradient)
+        self.flow.hold_gradient(gradient)
         self._backward()
-        self._running = None
         self.place.runs.discard(run)
-        if self.graphs.lends_gradients:  # tensors that nobody else holds: AccumulateGrad would copy others
-            gradients = [None if gradient is None else gradient.detach() for gradient in self._found]
+        self.layer_runs.discard(run)
+        if self.graphs.lends_gradients and not self.layer_runs:
+            # Tensors that nobody else holds: AccumulateGrad would copy others.
+            gradients = [None if gradient is None else gradient.detach() for gradient in self._gradients]
         else:
-            gradients = copies(self._found)
-        return self.flow.g if self._needs_input else None, *gradients
+            gradients = copies(self._gradients)
+        return self.flow.gradient() if self._needs_input else None, *gradients
 
 
 class _Call(nn.Module):

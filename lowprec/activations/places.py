@@ -10,6 +10,23 @@ ALIGNMENT = 64
 """Elements; kernels read tensors that begin at multiples of 16 bytes in wider words."""
 
 
+class _Mark:
+    """Which tensor's values a place holds."""
+
+    def __init__(self) -> None:
+        self._tensor: weakref.ref[torch.Tensor] | None = None
+        self._version = 0
+
+    def put(self, tensor: torch.Tensor) -> None:
+        self._tensor, self._version = weakref.ref(tensor), tensor._version
+
+    def stands_for(self, tensor: torch.Tensor) -> bool:
+        return self._tensor is not None and self._tensor() is tensor and self._version == tensor._version
+
+    def clear(self) -> None:
+        self._tensor = None
+
+
 class Flow:
     """What goes from layer to layer, for all shapes of other arguments.
 
@@ -21,8 +38,7 @@ class Flow:
         self.g = torch.zeros_like(hidden.detach())
         """The gradient of a layer's result before its backward, of its input after that."""
         self._x: torch.Tensor | None = None
-        self._last: weakref.ref[torch.Tensor] | None = None
-        self._version = 0
+        self._in_x, self._in_g = _Mark(), _Mark()
 
     @property
     def x(self) -> torch.Tensor:
@@ -33,24 +49,34 @@ class Flow:
 
     def input_of(self, hidden: torch.Tensor) -> torch.Tensor:
         """Where a layer that keeps its input finds it: where the layer before leaves its result, else a new place."""
-        return hidden.detach() if self._is_last(hidden) else torch.zeros_like(self.g)
+        return hidden.detach() if self._in_x.stands_for(hidden) else torch.zeros_like(self.g)
 
     def hold(self, hidden: torch.Tensor) -> None:
         """Copy ``hidden`` to ``x``, unless it is there."""
-        if not self._is_last(hidden):
+        if not self._in_x.stands_for(hidden):
             self.x.copy_(hidden)
         self.holds(hidden)
 
     def holds(self, hidden: torch.Tensor) -> None:
         """``hidden`` is what stands in ``x``, or where a layer that keeps its input left its result."""
-        self._last, self._version = weakref.ref(hidden), hidden._version
+        self._in_x.put(hidden)
 
-    def _is_last(self, hidden: torch.Tensor) -> bool:
-        return self._last is not None and self._last() is hidden and self._version == hidden._version
+    def hold_gradient(self, gradient: torch.Tensor) -> None:
+        """Copy ``gradient`` to ``g``, unless it is there."""
+        if not self._in_g.stands_for(gradient):
+            self.g.copy_(gradient)
+        self._in_g.clear()  # the layer that asks for it writes over it
+
+    def gradient(self) -> torch.Tensor:
+        """A copy of ``g``: autograd may keep it until the gradients of other branches are there."""
+        copy = self.g.clone()
+        self._in_g.put(copy)
+        return copy
 
     def forget(self) -> None:
-        """Nothing is known of what ``x`` holds."""
-        self._last = None
+        """Nothing is known of what the places hold."""
+        self._in_x.clear()
+        self._in_g.clear()
 
 
 class Place:
@@ -68,6 +94,8 @@ class Place:
         """Positional and named arguments of a layer beside its input, with the tensors above where those stood."""
         self.runs: weakref.WeakSet[Any] = weakref.WeakSet()
         """Passes of layers whose backward is to come."""
+        self.last_index = -1
+        """Of the layer that was recorded last."""
         self._sources: list[tuple[torch.Tensor, int] | None] = [None] * len(self.arguments)
 
     def load(self, arguments: Sequence[torch.Tensor]) -> None:
@@ -101,17 +129,19 @@ def copies(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None
 
 
 class _Memory:
-    """So many bytes of a CUDA device from an address on, for ``torch.as_tensor``."""
+    """So many bytes of a CUDA device from an address on, for ``torch.as_tensor``; ``owner`` lives as long as that."""
 
-    def __init__(self, address: int, nbytes: int) -> None:
+    def __init__(self, address: int, nbytes: int, owner: object) -> None:
+        self.owner = owner
         described = {"shape": (nbytes,), "typestr": "|u1", "data": (address, False), "strides": None, "version": 3}
         self.__cuda_array_interface__ = described
 
 
-def unowned(tensor: torch.Tensor) -> torch.Tensor:
-    """A tensor on the same memory that does not keep the allocator from giving it to others."""
+def unowned(tensor: torch.Tensor, owner: object) -> torch.Tensor:
+    """A tensor on the same memory that does not keep the allocator from giving it to others. It keeps ``owner``, with
+    which the memory would go."""
     if not tensor.numel():
         return tensor
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
-    flat = torch.as_tensor(_Memory(tensor.data_ptr(), span * tensor.itemsize), device=tensor.device)
+    flat = torch.as_tensor(_Memory(tensor.data_ptr(), span * tensor.itemsize, owner), device=tensor.device)
     return flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())

@@ -19,6 +19,7 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lowprec.activations.graphs import GraphedLayer, LayerGraphs
 from lowprec.activations.offload import Offload
 from lowprec.activations.selective import Selective
+from lowprec.attention import why_no_flash
 from lowprec.errors import UserError
 
 if TYPE_CHECKING:
@@ -131,8 +132,12 @@ def keep_activations(
     return Activations(policy, why, function, shared, (no_graphs or "") if graphs else "")
 
 
-def why_no_graphs(model: nn.Module, policy: str, device: torch.device) -> str | None:
-    """Why the layers of a model cannot be replayed as CUDA graphs, as far as it can be said beforehand."""
+def why_no_graphs(model: Any, policy: str, device: torch.device, packed: torch.dtype | None = None) -> str | None:
+    """Why the layers of a model cannot be replayed as CUDA graphs, as far as it can be said beforehand.
+
+    Args:
+        packed: for packed rows the dtype in which attention is computed, else None.
+    """
     if device.type != "cuda":
         return "there is no CUDA device"
     if policy == "selective":
@@ -141,4 +146,9 @@ def why_no_graphs(model: nn.Module, policy: str, device: torch.device) -> str | 
         return f"{type(model).__name__} has no layers of transformers' own kind"
     if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
         return "its parameters are sharded"
+    if packed is not None:
+        config = model.config.get_text_config()
+        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
+        reason = why_no_flash(torch.empty(1, 1, 1, dim, dtype=packed, device=device))
+        return None if reason is None else f"rows are packed, which takes FlashAttention: {reason}"
     return None

@@ -26,8 +26,8 @@ class Documents:
         """The same for kernels, of few shapes: empty samples at the end up to a power of two (at least 8), ``longest``
         the next power of two. ``lengths`` is empty: it would differ from batch to batch."""
         count = len(self.borders) - 1
-        empty = self.borders[-1:].expand(max(8, _power_of_two(count)) - count)
-        return Documents((), torch.cat([self.borders, empty]), _power_of_two(self.longest))
+        empty = self.borders[-1:].expand(max(8, power_of_two(count)) - count)
+        return Documents((), torch.cat([self.borders, empty]), power_of_two(self.longest))
 
     def to(self, device: torch.device | str, non_blocking: bool = False) -> "Documents":
         """As of a tensor."""
@@ -38,6 +38,6 @@ class Documents:
         return Documents(self.lengths, self.borders.pin_memory(), self.longest)
 
 
-def _power_of_two(count: int) -> int:
+def power_of_two(count: int) -> int:
     """The least that is not less than ``count``."""
     return 1 << (count - 1).bit_length()

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowprec.doctor.check import Check, attempt
 from lowprec.doctor.numerics import SIZE, judged, random_pair
 from lowprec.ops.backends import Backend
+from lowprec.ops.scaled_matmul import fuses
 
 GROUP = "lowprec's kernels"
 LEAST_DB = 25.0
@@ -69,6 +70,10 @@ def trials(device: torch.device) -> Iterator[Trial]:
         product = (a, scale_a, b, scale_b, None, torch.bfloat16, True)
         without = ("torch._scaled_mm",) if kind == "int8" or device.type == "cpu" else ()
         yield Trial(f"{kind} product", _backends("scaled_matmul"), partial(tuple, product), without)
+        low, up = x[:, :16].contiguous(), y[:, :16].float()  # as many rows as the operands
+        adapted = (*product, low, up)
+        if fuses(16, low.dtype, device):
+            yield Trial(f"{kind} product with an adapter", _backends("scaled_matmul"), partial(tuple, adapted), without)
     packed = _packed(x)
     yield Trial("NF4 decoding", _backends("decode_nf4"), lambda: (packed, SIZE, torch.empty_like(x), None, 1, 1, False))
     targets = torch.arange(SIZE, device=device)

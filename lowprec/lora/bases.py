@@ -7,6 +7,7 @@ from torch.nn import functional as F
 from transformers.pytorch_utils import Conv1D
 
 from lowprec.layers.eight_bit import SharedInput
+from lowprec.ops.scaled_matmul import fuses
 
 
 def _own_products(base: nn.Module) -> bool:
@@ -38,9 +39,9 @@ def product(
     return add_low_rank(F.linear(x, _weight(base, x.dtype), None if bias is None else bias.to(x.dtype)), low, up)
 
 
-def casts_up(base: nn.Module) -> bool:
-    """Whether B may come in any dtype without costing one more kernel: 8-bit products read it as it is."""
-    return _own_products(base) and base.plan is not None
+def casts_up(base: nn.Module, rank: int, x: torch.Tensor) -> bool:
+    """Whether the base's product reads B in any dtype. (bitsandbytes' kernel for a few tokens casts it.)"""
+    return _own_products(base) and base.plan is not None and fuses(rank, x.dtype, x.device)
 
 
 def add_gradient(base: nn.Module, error: torch.Tensor, total: torch.Tensor | None) -> torch.Tensor:

@@ -74,7 +74,7 @@ class _Keep(torch.autograd.Function):
         flat = x.reshape(-1, x.shape[-1])
         ctx.scalings = [p.scaling for p in projections]
         ctx.ranks = [a_i.shape[0] for a_i in a]
-        as_they_are = all(bases.casts_up(p.base) for p in projections)
+        as_they_are = all(bases.casts_up(p.base, r, flat) for p, r in zip(projections, ctx.ranks, strict=True))
         a_cast, b_cast = _cast(a, () if as_they_are else b, x.dtype)
         low = _small_product(flat, a_cast, ctx.ranks, ctx.scalings)
         ctx.save_for_backward(x, low)

@@ -30,15 +30,15 @@ def milliseconds(
 
 
 @cache
-def capture_stream() -> torch.cuda.Stream:
-    """The one stream on which this process captures graphs. cuBLAS keeps a workspace for each stream and thread that it
-    has multiplied for, 32 MiB on Hopper: with a stream a trial, ``weights=auto`` left 0.66 GB behind."""
-    return torch.cuda.Stream()
+def capture_stream(device: int) -> torch.cuda.Stream:
+    """The one stream of a device on which this process captures graphs. cuBLAS keeps a workspace for each stream and
+    thread that it has multiplied for, 32 MiB on Hopper: with a stream a trial, ``weights=auto`` left 0.66 GB behind."""
+    return torch.cuda.Stream(device)
 
 
 def graph_milliseconds(run: Callable[[], object], repeats: int = 30) -> float:
     """Median time of replays of a CUDA graph of ``run``: no gaps between kernels, whatever the host is doing."""
-    stream = capture_stream()
+    stream = capture_stream(torch.cuda.current_device())
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
         for _ in range(3):

@@ -57,25 +57,28 @@ BACKENDS = (
 )
 
 
-FUSED_RANK = 64
-"""Up to this rank the kernels add the term of low rank: each 16 of it are one more wait of their epilogue."""
+FUSED_RANK = 32
+"""Up to this rank the kernels add the term of low rank: each 16 of it are one more wait of their epilogue. On an H100,
+4096 x 14336 x 4096 in e4m3, rank 16 takes 0.382 ms instead of 0.470, rank 64 0.467 instead of 0.463."""
 
 
 def _run(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False, low=None, up=None):
     args = (a, scale_a, b, scale_b, bias, out_dtype, fast_accumulation)
-    if low is None or _fuses(low):
+    assert (low is None) == (up is None)
+    if low is None or (low.stride(1) == 1 and fuses(low.shape[1], low.dtype, low.device)):
         return choose(BACKENDS, *args).run(*args, low, up)
     return add_low_rank(choose(BACKENDS, *args).run(*args), low, up)
 
 
-def _fuses(low: torch.Tensor) -> bool:
-    return low.shape[1] <= FUSED_RANK and low.dtype.itemsize == 2 and low.stride(1) == 1 and _tried(low.device)
+def fuses(rank: int, dtype: torch.dtype, device: torch.device) -> bool:
+    """Whether a term of that rank, in that dtype, is added by the product's kernel, which reads ``up`` in any dtype."""
+    return rank <= FUSED_RANK and dtype.itemsize == 2 and _tried(device)
 
 
 @cache
 def _tried(device: torch.device) -> bool:
-    """Whether Triton's products in registers are as the kernels count on: not after Hopper."""
-    return device.type != "cuda" or torch.cuda.get_device_capability(device) < (10, 0)
+    """Whether the kernels have run there with such a term: on Hopper."""
+    return device.type != "cuda" or torch.cuda.get_device_capability(device) == (9, 0)
 
 
 def _fake(a, scale_a, b, scale_b, bias=None, out_dtype=torch.bfloat16, fast_accumulation=False, low=None, up=None):

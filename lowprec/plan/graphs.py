@@ -8,7 +8,7 @@ layer's input and gradient, and cuBLAS has its workspaces for one more stream.
 from collections.abc import Sequence
 from dataclasses import replace
 
-from lowprec.plan.allocator import CachingAllocator
+from lowprec.plan.allocator import CachingAllocator, rounded
 from lowprec.plan.ledger import Peak, peak_of
 from lowprec.plan.tape import Event
 from lowprec.plan.tracker import BACKWARD, FORWARD
@@ -28,21 +28,16 @@ def with_graphs(
     main, pool = _apart(events, recompute)
     beside = 2 * hidden + workspaces
     reserved = [CachingAllocator(expandable=expandable).replay(part) for part in (main, pool)]
+    kept = sum(rounded(e.nbytes) * (1 if e.comes else -1) for e in pool)  # all else in it goes where it came
     # Layers are recorded one by one in a forward pass, when no gradient is there: not more than backward holds.
-    kept = (
-        0
-        if recompute
-        else sum(e.nbytes for e in pool if e.comes and e.kind == "activations")
-        - sum(e.nbytes for e in pool if not e.comes and e.kind == "activations")
-    )
     peak = peak_of(events if recompute else main)
     parts = dict(peak.parts)
     parts["activations"] += kept
     parts["workspace"] += beside
-    by_phase = {phase: nbytes + kept + beside for phase, nbytes in peak.by_phase.items()}
-    return replace(peak, allocated=peak.allocated + kept + beside, parts=parts, by_phase=by_phase), sum(
-        reserved
-    ) + beside
+    more = kept + beside
+    by_phase = {phase: nbytes + more for phase, nbytes in peak.by_phase.items()}
+    peak = replace(peak, allocated=peak.allocated + more, parts=parts, by_phase=by_phase)
+    return peak, sum(reserved) + beside
 
 
 def _apart(events: Sequence[Event], recompute: bool) -> tuple[list[Event], list[Event]]:
@@ -64,4 +59,5 @@ def _apart(events: Sequence[Event], recompute: bool) -> tuple[list[Event], list[
             main.append(event)  # the input of the layer above
         elif first.phase == FORWARD and event.comes:
             pool.append(event)  # for good
+        # What is left is the gradient that a layer hands on: it has a place.
     return main, pool

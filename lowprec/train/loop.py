@@ -150,7 +150,8 @@ class Run:
         self.console.print(self.data.summary)
         self.model = load_model(recipe.model)
         policy = choose_policy(recipe, device)
-        no_graphs = why_no_graphs(self.model, policy[0], device)
+        packed = COMPUTE_DTYPE[recipe.model.dtype] if recipe.data.packing else None
+        no_graphs = why_no_graphs(self.model, policy[0], device, packed)
         attend_without_masks(self.model, recipe.data.max_length + options.sample_max_new_tokens)
         calibration = calibration_batch(recipe.wrap, self.data, self.tokenizer.pad_token_id, device)
         if calibration is not None:
@@ -218,7 +219,7 @@ class Run:
             world_size=self.accelerator.num_processes,
             seed=options.seed,
             pad_token_id=self.tokenizer.pad_token_id,
-            pad_to_multiple_of=self.recipe.data.padding(few_shapes=self.activations.graphs is not None),
+            pad_to_multiple_of=self.recipe.data.padding(few_shapes=options.cuda_graphs),
             device=self.accelerator.device,
         )
 
@@ -230,8 +231,9 @@ class Run:
             return
         if options.max_grad_norm is None and alone:
             self.optimizer.update_in_backward()
-            if self.activations.graphs is not None:
-                self.activations.graphs.lends_gradients = self.optimizer.uses_gradients_at_once
+            graphs = self.activations.graphs
+            if graphs is not None:
+                graphs.lends_gradients = self.optimizer.uses_gradients_at_once and not graphs.shares_parameters
         elif self.recipe.choice("state_store") != "gpu":
             why = f"train.max_grad_norm={options.max_grad_norm} clips by the exact norm of all gradients"
             if options.max_grad_norm is None:

@@ -34,9 +34,10 @@ class Train:
     use_liger_kernel: bool = True
     """Liger's kernels for norms, gated MLPs and rotary embeddings of this run's model, where the device runs them."""
     cuda_graphs: bool = False
-    """Replay decoder layers as CUDA graphs, where the host is slower than the device and batches are of few shapes. A
-    shape that comes for the third time is recorded, up to four; their memory stays taken, and ``lowprec plan`` does not
-    count it. The run says where there are none, and why; the report, what was not recorded."""
+    """Replay decoder layers as CUDA graphs, where the host is slower than the device. A shape of the batches that comes
+    for the third time is recorded, up to eight; rows are padded so that few come (``data.pad_to_multiple_of``). The
+    layers' memory stays taken between replays. The run says where there are none, and why; the report, what was not
+    recorded."""
     torch_compile: bool = False
     """Compile the decoder layers, with ``gradient_checkpointing`` none or full."""
     max_grad_norm: float | None = 1.0

@@ -3,6 +3,8 @@
 import copy
 import functools
 from contextlib import nullcontext
+from functools import partial
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -10,7 +12,8 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 
 from lowprec.activations import keep_activations, why_no_graphs
-from lowprec.activations.graphs import MOST_SHAPES, GraphedLayer, LayerGraphs
+from lowprec.activations.graphs import MOST_SHAPES, GraphedLayer, LayerGraphs, _tensors_of, _with_tensors
+from lowprec.activations.places import copies, unowned
 from lowprec.attention import attend_without_masks
 from lowprec.data.documents import Documents
 from lowprec.lora import fuse
@@ -30,26 +33,35 @@ def _itself(tensor):
 
 
 class Rehearsal:
-    """A recorder for the CPU: a replay computes the function on what stands in the places then."""
+    """A recorder for the CPU: a replay computes the function on what stands in the places then. What backward leaves
+    lies in tensors that all layers write to, each its own on top of the others'."""
 
     def __init__(self):
         self.replays = 0
+        self._shared = {}
 
     def prepare(self):
         pass
 
     def record(self, function):
-        function()
+        first = function()
+        if function.__name__ == "backward":
+            left = [
+                None if g is None else self._shared.setdefault((i, g.shape), g.clone()) for i, g in enumerate(first)
+            ]
+        else:
+            left = [result.clone() for result in first]
 
         def replay():
             self.replays += 1
+            for shared in self._shared.values():
+                shared.fill_(float("nan"))
             with saved_tensors_hooks(_itself, _itself):  # a replay saves nothing
-                function()
+                for place, tensor in zip(left, function(), strict=True):
+                    if tensor is not None:
+                        place.copy_(tensor)
 
-        return replay
-
-    def left(self, tensor):
-        return tensor
+        return replay, left
 
 
 def graphed(model, policy, monkeypatch):
@@ -238,6 +250,105 @@ def test_gradients_that_are_used_at_once_are_not_copied(policy, monkeypatch):
     for parameter in (*plain.parameters(), *model.parameters()):
         parameter.register_post_accumulate_grad_hook(use)
     same(train(model, 5), train(plain, 5))
+
+
+class Skipping(torch.nn.Module):
+    """Two layers of a model with a connection around the second one, and perhaps a weight of both."""
+
+    def __init__(self, model, shared):
+        super().__init__()
+        self.model = model
+        if shared:
+            first, second = model.model.layers[:2]
+            second.mlp.down_proj.weight = first.mlp.down_proj.weight
+
+    def forward(self, input_ids, **_):
+        inner = self.model.model
+        hidden = inner.embed_tokens(input_ids)
+        turned = inner.rotary_emb(hidden, torch.arange(input_ids.shape[1])[None])
+        one, two = (partial(layer, position_embeddings=turned) for layer in inner.layers[:2])
+        first = one(hidden)
+        loss = (two(first + hidden) * first).square().mean() * 1e5
+        return SimpleNamespace(loss=loss)
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+@pytest.mark.parametrize("shared", [False, True])
+def test_connections_around_layers_and_weights_of_two(policy, shared, monkeypatch):
+    """A gradient may wait in autograd while other layers are replayed."""
+    plain = Skipping(tiny_model("llama"), shared)
+    model = copy.deepcopy(plain)
+    activations, recorder = graphed(model.model, policy, monkeypatch)
+    assert activations.graphs.shares_parameters is shared
+    (losses, weights), (plain_losses, plain_weights) = train(model, 6), train(plain, 6)
+    assert recorder.replays and not activations.graphs.reason and plain_losses[-1] < 0.9 * plain_losses[0]
+    for mine, theirs in zip((*losses, *weights), (*plain_losses, *plain_weights), strict=True):
+        torch.testing.assert_close(mine, theirs, rtol=1e-4, atol=1e-6)  # sums of two gradients, in another order
+
+
+def test_layers_that_were_missed_stay_ordinary_where_the_graphs_hold_what_backward_needs(monkeypatch):
+    plain = tiny_model("llama")
+    model = copy.deepcopy(plain)
+    activations, recorder = graphed(model, "none", monkeypatch)
+    handle = model.model.layers[0].register_forward_hook(lambda *_: None)
+    found = train(model, 3)
+    handle.remove()
+    layers = len(model.model.layers)
+    same(found, train(plain, 3))
+    before = recorder.replays
+    same(train(model, 4), train(plain, 4))
+    assert recorder.replays == before + 4 * 2 * (layers - 1)
+    assert activations.graphs.ordinary == {"a layer came after others of its shape were recorded"}
+
+
+def test_a_second_backward_is_refused_where_it_would_be_wrong(monkeypatch):
+    model = tiny_model("llama")
+    graphed(model, "none", monkeypatch)
+    train(model, 3)
+    loss = model.train()(**batch(0)).loss
+    loss.backward(retain_graph=True)
+    with pytest.raises(RuntimeError, match="a second time"):
+        loss.backward()
+
+
+def test_copies_are_contiguous_and_apart():
+    odd = torch.arange(6.0).view(2, 3)
+    found = [odd.t(), None, torch.ones(70, dtype=torch.float64), odd[:, 1], torch.tensor(3.0)]
+    made = copies(found)
+    assert made[1] is None
+    for one, other in zip(found, made, strict=True):
+        if one is not None:
+            assert torch.equal(one, other) and other.is_contiguous() and one.data_ptr() != other.data_ptr()
+    assert made[0].untyped_storage().data_ptr() == made[3].untyped_storage().data_ptr()
+    assert made[3].data_ptr() % 64 == made[0].data_ptr() % 64
+    assert copies([None]) == [None] and copies([]) == []
+
+
+@pytest.mark.gpu
+def test_memory_of_others_is_read_where_it_lies():
+    owner = SimpleNamespace()
+    for dtype in (torch.bfloat16, torch.float32, torch.int8):
+        whole = torch.arange(60, device="cuda").to(dtype).view(6, 10)
+        for part in (whole, whole.t(), whole[1:4, 2:5], whole[:, 3], whole[2, 2], whole[:0]):
+            read = unowned(part, owner)
+            assert torch.equal(read, part) and read.stride() == part.stride() and read.dtype == dtype
+        read = unowned(whole, owner)
+        whole.add_(1)
+        assert torch.equal(read, whole)
+
+
+def test_arguments_of_packed_rows_have_places():
+    documents, mask = Documents.of([5, 7, 12]), torch.ones(2)
+    arguments = (), {"documents": documents, "mask": mask, "plain": 3}
+    signature, tensors = _tensors_of(arguments)
+    assert [tensor.tolist() for tensor in tensors] == [documents.rounded().borders.tolist(), [1, 1]]
+    alike = Documents.of([9, 15])
+    assert signature == _tensors_of(((), {"documents": alike, "mask": mask, "plain": 3}))[0]
+    other = Documents.of([1] * 9)
+    assert signature != _tensors_of(((), {"documents": other, "mask": mask, "plain": 3}))[0], "another power of two"
+    _, keywords = _with_tensors(arguments, (torch.zeros(9, dtype=torch.int32), mask + 1))
+    assert keywords["documents"].borders.sum() == 0 and keywords["documents"].longest == 16
+    assert keywords["mask"].tolist() == [2, 2] and keywords["plain"] == 3
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -11,6 +11,7 @@ from hypothesis import strategies as st
 from lowprec.data import PreparedData, eval_batches
 from lowprec.data.chat import IGNORE
 from lowprec.data.loader import divide
+from lowprec.data.options import Data
 from lowprec.errors import UserError
 
 Prepare = Callable[..., PreparedData]
@@ -100,6 +101,15 @@ def test_rows_padded_to_a_multiple_come_in_few_lengths(steps: Any, prepared: Pre
             assert packing or (more["attention_mask"][:, longest:] == 0).all()
     share = sum(b.num_padding for b in batches) / sum(b.num_padding + b.num_tokens for b in batches)
     assert padded.padding_share == pytest.approx(share)
+
+
+def test_what_rows_are_padded_to() -> None:
+    data = Data(path="x", max_length=100)
+    assert data.padding(few_shapes=False) == 1 and data.padding(few_shapes=True) == 13
+    assert Data(path="x", max_length=100, packing=True).padding(few_shapes=True) == 100
+    assert Data(path="x", pad_to_multiple_of=64).padding(few_shapes=True) == 64
+    with pytest.raises(UserError, match=r"data\.pad_to_multiple_of"):
+        Data(path="x", pad_to_multiple_of=0)
 
 
 @pytest.mark.parametrize("stop", [0, 1, 7, 9, 10, 17])

@@ -33,11 +33,11 @@ def both(phase: str, name: str, kind: str, in_layer: bool, run: int, size: int) 
 def test_the_pool_is_the_layers_own(recompute):
     peak, reserved = with_graphs(step(), recompute=recompute, hidden=INPUT, workspaces=8 * MIB, expandable=True)
     beside = 2 * INPUT + 8 * MIB
-    if recompute:  # as without graphs, where the loss holds most
-        assert peak.allocated == WEIGHTS + 2 * INPUT + HEAD + beside
-    else:  # what is kept stays when all of it is used
-        assert peak.allocated == WEIGHTS + 2 * INPUT + HEAD + beside
-        assert peak.by_phase["backward"] == WEIGHTS + 2 * INPUT + 2 * MIB + beside
+    assert peak.allocated == WEIGHTS + 2 * INPUT + HEAD + beside, "the loss holds most"
+    # Recorded layers give their temporaries back; what `none` keeps stays when all of it is used.
+    kept, temporary = (INPUT, TEMPORARY) if recompute else (2 * INPUT, 0)
+    most = WEIGHTS + 2 * INPUT + temporary if recompute else WEIGHTS + kept + 2 * MIB
+    assert peak.by_phase["backward"] == most + beside
     assert sum(peak.parts.values()) == peak.allocated
     apart = WEIGHTS + HEAD + TEMPORARY + 2 * INPUT + beside
     assert apart <= reserved <= apart + 4 * 20 * MIB, "loss and layers do not share memory; pages of 20 MiB"

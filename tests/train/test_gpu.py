@@ -26,6 +26,7 @@ KINDS = {
     "cpu_states": ("full", "model.dtype=bf16", "state_store=cpu"),
     "fp16_lora": ("lora", "model.dtype=fp16"),
     "lora_in_graphs": ("lora", "model.dtype=bf16", "train.cuda_graphs=true"),
+    "packed_in_graphs": ("lora", "model.dtype=bf16", "train.cuda_graphs=true", "data.packing=true"),
     "full_in_graphs": ("full", "model.dtype=bf16", "train.cuda_graphs=true", "train.gradient_checkpointing=full"),
 }  # fmt: skip
 

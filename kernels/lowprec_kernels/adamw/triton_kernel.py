@@ -108,7 +108,8 @@ def _encode_v(v, root, random, scale):
     return (_as_bits(tl.where(up, floor + 2.0**-8, floor)) & 0xFF).to(tl.uint8)
 
 
-# Scalars of one parameter are entries of vectors: compiled once, wherever such an entry lies.
+# Scalars of one parameter are entries of vectors: compiled once, wherever such an entry lies; and twice for counts that
+# are multiples of 16, as most are, and others, which are read element by element.
 _SCALARS = ["step_ptr", "correction1_ptr", "correction2_ptr", "found_inf_ptr", "lr"]
 
 
@@ -240,6 +241,7 @@ def run(
         start, key: the slice's first element in its parameter, a multiple of BLOCK, and the stream of its random bits.
         found_inf: one fp32 element; not zero: nothing changes.
     """
+    assert start % BLOCK == 0
     moments = 2 if SCALE_OF["exp_avg"] in states else int(states["exp_avg"].dtype == torch.bfloat16)
     if "residual" in states:
         weight = SPLIT

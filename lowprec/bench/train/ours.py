@@ -65,8 +65,10 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     optimizer = recipe.optimizer.build(model, recipe.state_store)
     if isinstance(optimizer, AdamW) and recipe.train.max_grad_norm is None:
         optimizer.update_in_backward()
-        if activations.graphs is not None:
-            activations.graphs.lends_gradients = optimizer.uses_gradients_at_once
+        layers_in_graphs = activations.graphs
+        if layers_in_graphs is not None:
+            shares = layers_in_graphs.shares_parameters
+            layers_in_graphs.lends_gradients = optimizer.uses_gradients_at_once and not shares
     schedule = build_schedule(optimizer, recipe.optimizer, work.warmup + work.timed)
     wrapped = accelerator.prepare_model(model)
     prepared = accelerator.prepare_optimizer(optimizer)
