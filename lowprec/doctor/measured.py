@@ -1,8 +1,10 @@
 """``doctor --measure``: measure with a bar, write the profile, show what was found."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
+import torch
 from rich.console import Console
 from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
@@ -27,6 +29,12 @@ def measure_machine(folder: str, console: Console, as_json: bool) -> None:
     with Progress(*columns, console=Console(stderr=True), transient=True) as bar:
         task = bar.add_task("", total=1.0)
         profile = measure(Path(folder), lambda what, share: bar.update(task, completed=share, description=what))
+        if torch.cuda.is_available():
+            from lowprec.bench.train.host import host_us_per_call  # transformers and all: the doctor is to start fast
+
+            bar.update(task, completed=0.97, description="the host")
+            host = host_us_per_call(torch.device("cuda"))
+            profile = replace(profile, machine=replace(profile.machine, host_us=host))
     profile.write(profile_path())
     if as_json:
         print(json.dumps(profile.to_dict(), indent=1))
@@ -53,6 +61,8 @@ def render_profile(profile: Profile, console: Console) -> None:
     )
     rates.add_row("disk, read, write, both at once", f"{disk} ({way}, {limits['disk_path']})")
     rates.add_row("least time of a kernel, of a product", f"{machine.launch_us:.3g}, {machine.product_us:.3g} us")
+    if machine.capability is not None:
+        rates.add_row("the host, for an operator of a step", f"{machine.host_us:.3g} us")
     console.print(rates, highlight=False)
     products = Table(title="\nProducts, and predictions of layers that were held out", title_justify="left", box=None)
     for column in ("kind", "TFLOP/s", "timed", "median error", "90 % within", "median error of the bound alone"):

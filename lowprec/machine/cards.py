@@ -113,6 +113,7 @@ def named_card(name: str) -> Machine:
             "disk_mixed_gb_per_s",
             "context_mib",
             "launch_us",
+            "host_us",
             "product_us",
         ),
     )

@@ -44,6 +44,8 @@ class Machine:
     """The least time of a kernel."""
     product_us: float
     """The least time of a product, which has to fill and drain its pipeline."""
+    host_us: float = 10.0
+    """What the host takes to launch one operator of a training step, autograd included."""
     assumed: tuple[str, ...] = ()
     """Names of the fields that are assumptions about a typical machine, neither measured nor in a datasheet."""
     corrections: Mapping[str, Correction] = field(default_factory=dict, repr=False)

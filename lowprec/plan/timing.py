@@ -10,9 +10,6 @@ from lowprec.plan.tape import Product, Stretched, Tape
 ATTENTION_SHARE = 0.5
 """Of the rate of large bf16 products, what fused attention reaches. FlashAttention-2 on A100: 73 % of the peak forward
 and 63 % backward (arXiv:2307.08691), on H100 35 to 40 % (arXiv:2407.08608, section 1), where products reach 75 %."""
-HOST_US_PER_CALL = 10.0
-"""Time that the host takes to launch one operator from PyTorch with autograd; a step is no faster than its host.
-An assumption: the machine profile does not measure it yet."""
 CALLS_PER_GRAPH = 4
 """Of a layer that is replayed: its input copied to its place, the graph, its result copied from there, gradients."""
 
@@ -75,7 +72,7 @@ def step_time(
         for nbytes, count in run.moves.items():
             traffic += times * count * machine.traffic_ms(nbytes)
         calls += times * (run.calls if run.layer is None or not in_graphs else min(run.calls, CALLS_PER_GRAPH))
-    host = calls * HOST_US_PER_CALL / 1e3
+    host = calls * machine.host_us / 1e3  # a step is no faster than its host
     update = machine.traffic_ms(update_bytes)
     device = products + traffic
     link = states.step_to_device / machine.h2d_gb_per_s / 1e6 + states.step_to_device / machine.d2h_gb_per_s / 1e6

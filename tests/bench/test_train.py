@@ -9,6 +9,7 @@ from accelerate.state import AcceleratorState
 
 from lowprec.bench import processes
 from lowprec.bench.train import limit, ours, peers, run
+from lowprec.bench.train.host import host_us_per_call
 from lowprec.bench.train.limit import Layer
 from lowprec.bench.train.run import bench_train
 from lowprec.bench.train.table import markdown
@@ -194,3 +195,8 @@ def test_a_table_without_rows_says_so():
 def test_the_limit_is_measured_on_a_gpu():
     found = limit.limit(all_works()["tiny_qlora"])
     assert found["tokens_per_second"] > 0 and found["rates"] and torch.cuda.is_available()
+
+
+def test_the_host_is_timed_by_a_step_whose_kernels_take_nothing(no_accelerator_left):
+    found = host_us_per_call(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    assert 1 < found < 10_000, "microseconds for an operator"

@@ -2,6 +2,7 @@
 
 import io
 import json
+from dataclasses import replace
 
 import pytest
 import torch
@@ -142,6 +143,13 @@ def test_without_a_card_there_are_no_times(folder, monkeypatch, tmp_path):
 def test_what_is_not_predicted_is_said(folder):
     answer = planned(folder, "lora", "train.torch_compile=true", "train.gradient_checkpointing=none").to_dict()
     assert any("torch_compile=true is predicted as if it were false" in note for note in answer["notes"])
+
+
+def test_a_step_is_no_faster_than_its_host(folder):
+    recipe, _ = resolve("lora", [f"model.model_name_or_path={folder}", "data.path=some"])
+    machines = [replace(named_card("H100"), host_us=host_us) for host_us in (10.0, 1000.0)]
+    times = [Planner(tiny_model("llama").config, machine).predict(recipe).time for machine in machines]
+    assert times[1].host_ms == pytest.approx(100 * times[0].host_ms) and times[1].total_ms > 50 * times[0].products_ms
 
 
 def test_schemes_that_measure_are_predicted(folder):
