@@ -48,6 +48,8 @@ class Builder:
         self.encoder = encoder
         self.counts = Counts()
         self._layout_of: dict[str, str] = {}
+        self._unseen = {name: own for name, own in asdict(options.columns).items() if own is not None}
+        self._first_fields: list[str] = []
 
     def samples(self, record: Record) -> list[StoredSample]:
         """The samples of one record.
@@ -58,6 +60,8 @@ class Builder:
         self.counts.records += 1
         if record.fields is None:
             raise RecordError("", record.problem or "holds nothing")
+        self._first_fields = self._first_fields or [str(name) for name in record.fields]
+        self._unseen = {name: own for name, own in self._unseen.items() if own not in record.fields}
         fields = rename_columns(record.fields, self.options.columns)
         layout = self._layout(record.where, fields)
         self.counts.layouts[layout] = self.counts.layouts.get(layout, 0) + 1
@@ -84,6 +88,16 @@ class Builder:
                 )
         self.counts.samples += len(samples)
         return samples
+
+    def check_columns(self, path: str) -> None:
+        """Raises UserError where ``data.columns`` names a field that no record of ``path`` had."""
+        if not self._unseen or not self._first_fields:
+            return
+        named = ", ".join(f"data.columns.{name}={own}" for name, own in self._unseen.items())
+        raise UserError(
+            f"{named}: no record of data.path={path} has such a field. The fields of the first one: "
+            f"{', '.join(self._first_fields)}."
+        )
 
     def _layout(self, where: str, fields: Fields) -> str:
         if self.options.format != "auto":
@@ -133,7 +147,8 @@ def build_samples(
     """Yield the samples of all records; after a first bad record, the rest is only checked.
 
     Raises:
-        UserError: after the last record, with the first five problems and their number; or there was no sample.
+        UserError: after the last record: a name of ``data.columns`` that no record has; the first five problems and
+            their number; or there was no sample.
     """
     problems: list[str] = []
     num_problems = 0
@@ -147,6 +162,8 @@ def build_samples(
         else:
             if not num_problems:
                 yield from samples
+    if key == "data.path":
+        builder.check_columns(path)
     if num_problems:
         raise UserError(_told(path, key, problems, num_problems, builder.counts.records))
     if not builder.counts.samples:

@@ -71,6 +71,9 @@ def test_columns_of_the_user_tell_the_layout(jsonl: Write, prepare: Prepare) -> 
     path = jsonl(*({"question": f"q{i}", "answer": "a"} for i in range(4)))
     with pytest.raises(UserError, match=r"question, answer.*data\.columns\.prompt=question"):
         prepare(path)
+    for wrong in (Columns(prompt="qestion", completion="answer"), Columns(prompt="question", system="ssytem")):
+        with pytest.raises(UserError, match=r"data\.columns\.(prompt=qestion|system=ssytem): .* question, answer\."):
+            prepare(path, columns=wrong)
     prepared = prepare(path, columns=Columns(prompt="question", completion="answer"))
     assert prepared.format == "prompt_completion"
 
