@@ -28,60 +28,18 @@ import weakref
 from collections import Counter
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from functools import partial
 from operator import is_not
 from typing import Any
 
 import torch
 from torch import nn
-from torch.autograd.function import once_differentiable
-from torch.autograd.graph import get_gradient_edge
-from torch.func import functional_call
-from torch.utils._pytree import tree_flatten, tree_unflatten
-from torch.utils.checkpoint import checkpoint
 
-from lowprec.activations.places import Flow, Place, copies, unowned
-from lowprec.data.documents import Documents
-from lowprec.layers.decode_buffer import release_decode_buffers
-from lowprec.machine.timing import capture_stream
+from lowprec.activations.places import Flow, Place, tensors_of, with_tensors
+from lowprec.activations.recorded import Recorded, Recorder, Replayed, Run
 
 SEEN_BEFORE = 2
 """Ordinary calls for a shape before it is recorded: kernels are compiled and tuned in them."""
 MOST_SHAPES = 8
-
-Replay = Callable[[], None]
-Left = list[torch.Tensor | None]
-
-
-class Recorder:
-    """Records what a function launches. All graphs share one pool of memory."""
-
-    def __init__(self) -> None:
-        self._pool: Any = None
-
-    def prepare(self) -> None:
-        """Give back what ordinary calls left in the allocator: graphs cannot use it."""
-        torch.cuda.synchronize()
-        release_decode_buffers()
-        torch.cuda.empty_cache()
-
-    def record(self, function: Callable[[], Left]) -> tuple[Replay, Left]:
-        """The replay, and what the function gives: tensors that replays write to, on memory that graphs recorded later
-        may use, too, once nobody else holds it.
-
-        Raises:
-            What ``function`` raises, and RuntimeError for what no graph can hold.
-        """
-        self._pool = self._pool or torch.cuda.graph_pool_handle()
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.stream(capture_stream(torch.cuda.current_device())):
-            # Other threads may go on allocating and waiting while this one records.
-            graph.capture_begin(pool=self._pool, capture_error_mode="thread_local")
-            try:
-                left = function()
-            finally:
-                graph.capture_end()
-        return graph.replay, [None if tensor is None else unowned(tensor, graph) for tensor in left]
 
 
 class LayerGraphs:
@@ -96,7 +54,7 @@ class LayerGraphs:
         """Why there are none, where recording was tried."""
         self.ordinary: set[str] = set()
         """Why some calls were not recorded."""
-        self.recorded: dict[tuple[Any, Any], _Recorded] = {}
+        self.recorded: dict[tuple[Any, Any], Recorded] = {}
         """(a layer's function, key of a shape) -> its graphs."""
         self.seconds = 0.0
         self.layers: list[GraphedLayer] = []
@@ -120,7 +78,7 @@ class LayerGraphs:
         # Layers of one pass are given the very same objects.
         if self._last is None or len(self._last[0]) != len(values) or any(map(is_not, self._last[0], values)):
             try:
-                signature, tensors = _tensors_of((rest, keywords))
+                signature, tensors = tensors_of((rest, keywords))
             except TypeError as error:
                 self.ordinary.add(str(error))
                 return None
@@ -159,7 +117,7 @@ class LayerGraphs:
         place = self.places[key] = Place(self._flows[form], tensors)
         place.last_index = index
         # .data has a version counter of its own: the places are written to between forward and backward.
-        place.layout = _with_tensors(arguments, tuple(argument.data for argument in place.arguments))
+        place.layout = with_tensors(arguments, tuple(argument.data for argument in place.arguments))
         return place
 
     def others_run(self, place: Place | None) -> bool:
@@ -200,7 +158,7 @@ class GraphedLayer:
         ]
         self.index = len(graphs.layers)
         graphs.layers.append(self)
-        self.runs: weakref.WeakSet[_Run] = weakref.WeakSet()
+        self.runs: weakref.WeakSet[Run] = weakref.WeakSet()
         """Passes whose backward is to come."""
         self._seen: Counter[Any] = Counter()
         self._random: set[Any] = set()
@@ -228,7 +186,7 @@ class GraphedLayer:
         if recorded is None or not recorded.is_current():
             return (self.policy or _call)(function, *args)
         with self.saving():
-            return _Replayed.apply(hidden, recorded, tensors, *recorded.parameters)
+            return Replayed.apply(hidden, recorded, tensors, *recorded.parameters)
 
     def _watching_chance(self, key: Any, function: Any, hidden: torch.Tensor, *rest: Any) -> Any:
         """The ordinary path; what draws random numbers there is never recorded."""
@@ -242,7 +200,7 @@ class GraphedLayer:
 
     def _record(
         self, key: Any, function: Any, hidden: torch.Tensor, arguments: Any, tensors: tuple
-    ) -> "_Recorded | None":
+    ) -> "Recorded | None":
         begin = time.perf_counter()
         try:
             place = self.graphs.place(key[0], self.index, hidden, arguments, tensors)
@@ -253,7 +211,7 @@ class GraphedLayer:
             def call(x: torch.Tensor) -> Any:
                 return function.func(*function.args, x, *rest, **keywords)
 
-            recorded = _Recorded(self, call, hidden, place)
+            recorded = Recorded(self, call, hidden, place)
         except (RuntimeError, TypeError, ValueError) as error:  # what no graph can hold, or no memory for it
             self.graphs.give_up(error)
             return None
@@ -268,138 +226,6 @@ class GraphedLayer:
         return bool(torch._C._len_torch_dispatch_stack()) or any(self._hooks)
 
 
-class _Recorded:
-    """The two graphs of one layer for one shape."""
-
-    def __init__(self, graphed: GraphedLayer, call: Callable, hidden: torch.Tensor, place: Place) -> None:
-        self.graphs, self.layer_runs, self.place, self.flow = graphed.graphs, graphed.runs, place, place.flow
-        layer, recorder, flow = graphed.layer, graphed.graphs.recorder, place.flow
-        self.recompute = recompute = graphed.graphs.recompute
-        self.parameters = [parameter for parameter in layer.parameters() if parameter.requires_grad]
-        self._addresses = [parameter.data_ptr() for parameter in self.parameters]
-        self._needs_input = hidden.requires_grad
-        self.x = flow.x if recompute else flow.input_of(hidden)
-        self._held: Any = None
-        kind = hidden.device.type
-        options = {"enabled": torch.is_autocast_enabled(kind), "cache_enabled": False}
-        autocast = partial(torch.autocast, kind, dtype=torch.get_autocast_dtype(kind), **options)
-        leaf = self.x.data.requires_grad_(self._needs_input)
-        # Autograd has one node for each parameter, on the stream where it was first used: what the graph records on a
-        # stream of its own would wait for that one. So the layer computes with other tensors on the same memory.
-        names = [name for name, parameter in layer.named_parameters() if parameter.requires_grad]
-        aliases = [parameter.detach().requires_grad_() for parameter in self.parameters]
-        aliased = partial(
-            functional_call, _Call(layer, call), {f"layer.{n}": t for n, t in zip(names, aliases, strict=True)}
-        )
-
-        def forward() -> Left:
-            with torch.enable_grad(), autocast():
-                again = partial(checkpoint, aliased, use_reentrant=False, preserve_rng_state=False)
-                y = again(leaf) if recompute else aliased(leaf)
-            if not isinstance(y, torch.Tensor) or y.shape != hidden.shape or y.dtype != hidden.dtype:
-                raise TypeError(f"{type(layer).__name__} gives something else than it is given")
-            self._held = get_gradient_edge(y), y.detach()
-            if not recompute:
-                return [y.detach()]
-            self.x.copy_(y.detach())
-            return []
-
-        def backward() -> Left:
-            wanted = [*([leaf] if self._needs_input else []), *aliases]
-            found = torch.autograd.grad(self._held[0], wanted, flow.g, retain_graph=not recompute, allow_unused=True)
-            if self._needs_input:
-                flow.g.copy_(found[0])
-            return list(found[self._needs_input :])
-
-        results: Left
-        self._forward: Replay
-        self._backward: Replay
-        self._gradients: Left
-        with torch.no_grad():
-            self._forward, results = recorder.record(forward)
-            self._backward, self._gradients = recorder.record(backward)
-        self._y = None if recompute else results[0]
-        if recompute:
-            self.give_memory_back()
-        place.forget()
-
-    def give_memory_back(self) -> None:
-        """Let graphs that are recorded from now on use the memory that this one's replays write to."""
-        self._held = None
-
-    def is_current(self) -> bool:
-        """Whether the parameters are where they were, and, where the graphs hold what backward needs, nobody needs what
-        a replay would write over: a second forward pass before the first one's backward takes the ordinary path."""
-        if [p.data_ptr() for p in self.parameters if p.requires_grad] != self._addresses:
-            return False
-        return self.recompute or not (self.layer_runs or self.graphs.others_run(self.place))
-
-    def run_forward(self, hidden: torch.Tensor, arguments: tuple, run: "_Run") -> torch.Tensor:
-        self.place.load(arguments)
-        if self.recompute:
-            self.flow.hold(hidden)
-        elif hidden.data_ptr() != self.x.data_ptr():
-            self.x.copy_(hidden)
-        self.place.runs.add(run)
-        self.layer_runs.add(run)
-        self._forward()
-        result = self.x.clone() if self._y is None else self._y.detach()
-        self.flow.holds(result)
-        return result
-
-    def run_backward(self, hidden: torch.Tensor | None, arguments: tuple, run: "_Run", gradient: torch.Tensor) -> tuple:
-        if not self.recompute and run not in self.layer_runs:
-            raise RuntimeError(
-                "Backward came a second time through a layer that is replayed as a CUDA graph and holds what backward "
-                "needs once: set train.cuda_graphs=false, or train.gradient_checkpointing=full."
-            )
-        self.place.load(arguments)
-        if hidden is not None:
-            self.flow.hold(hidden)
-        self.flow.hold_gradient(gradient)
-        self._backward()
-        self.place.runs.discard(run)
-        self.layer_runs.discard(run)
-        if self.graphs.lends_gradients and not self.layer_runs:
-            # Tensors that nobody else holds: AccumulateGrad would copy others.
-            gradients = [None if gradient is None else gradient.detach() for gradient in self._gradients]
-        else:
-            gradients = copies(self._gradients)
-        return self.flow.gradient() if self._needs_input else None, *gradients
-
-
-class _Call(nn.Module):
-    """A call of ``layer``, whose parameters ``functional_call`` can replace."""
-
-    def __init__(self, layer: nn.Module, call: Callable) -> None:
-        super().__init__()
-        self.layer, self.forward = layer, call
-
-
-class _Run:
-    """One forward pass of a layer: it is alive until its graph is dropped."""
-
-    __slots__ = ("__weakref__",)
-
-
-class _Replayed(torch.autograd.Function):
-    """A layer's input to its result, both by graphs."""
-
-    @staticmethod
-    def forward(ctx: Any, hidden, recorded, arguments, *parameters):
-        ctx.recorded, ctx.arguments, ctx.run = recorded, arguments, _Run()
-        if recorded.recompute:
-            ctx.save_for_backward(hidden)
-        return recorded.run_forward(hidden, arguments, ctx.run)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, gradient):
-        hidden = ctx.saved_tensors[0] if ctx.recorded.recompute else None
-        grad_hidden, *gradients = ctx.recorded.run_backward(hidden, ctx.arguments, ctx.run, gradient)
-        return grad_hidden, None, None, *gradients
-
-
 def _call(function: Any, *args: Any) -> Any:
     return function(*args)
 
@@ -409,40 +235,3 @@ def _random_offset(tensor: torch.Tensor) -> Any:
     if tensor.is_cuda:
         return torch.cuda.default_generators[tensor.device.index].get_offset()
     return torch.random.get_rng_state().numpy().tobytes()
-
-
-def _tensors_of(arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
-    """What tells calls of one form from others, and the tensors.
-
-    Raises:
-        TypeError: there is something that no place can be made for.
-    """
-    leaves, structure = tree_flatten(arguments)
-    tensors: list[torch.Tensor] = []
-    kinds: list[tuple] = []
-    for leaf in leaves:
-        if isinstance(leaf, Documents):
-            rounded = leaf.rounded()
-            tensors.append(rounded.borders)
-            kinds.append((Documents, len(rounded.borders), rounded.longest))
-        elif isinstance(leaf, torch.Tensor) and not leaf.requires_grad:
-            tensors.append(leaf)
-            kinds.append((torch.Tensor, leaf.shape, leaf.dtype, leaf.device))
-        elif leaf is None or isinstance(leaf, bool | int | float | str):
-            kinds.append((type(leaf), leaf))
-        else:
-            raise TypeError(f"a layer is called with a {type(leaf).__name__}")
-    return (str(structure), tuple(kinds)), tuple(tensors)
-
-
-def _with_tensors(arguments: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
-    """``arguments`` with others in the places of its tensors, in the order of ``_tensors_of``."""
-    leaves, structure = tree_flatten(arguments)
-    others = iter(tensors)
-
-    def other(leaf: Any) -> Any:
-        if isinstance(leaf, Documents):
-            return Documents((), next(others), leaf.rounded().longest)
-        return next(others) if isinstance(leaf, torch.Tensor) else leaf
-
-    return tree_unflatten([other(leaf) for leaf in leaves], structure)

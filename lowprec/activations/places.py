@@ -1,10 +1,13 @@
-"""Fixed places in memory, which CUDA graphs read and write."""
+"""Fixed places in memory, which CUDA graphs read and write, and what is copied to and from them."""
 
 import weakref
 from collections.abc import Sequence
 from typing import Any
 
 import torch
+from torch.utils._pytree import tree_flatten, tree_unflatten
+
+from lowprec.data.documents import Documents
 
 ALIGNMENT = 64
 """Elements; kernels read tensors that begin at multiples of 16 bytes in wider words."""
@@ -145,3 +148,40 @@ def unowned(tensor: torch.Tensor, owner: object) -> torch.Tensor:
     span = sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True)) + 1
     flat = torch.as_tensor(_Memory(tensor.data_ptr(), span * tensor.itemsize, owner), device=tensor.device)
     return flat.view(tensor.dtype).as_strided(tensor.shape, tensor.stride())
+
+
+def tensors_of(arguments: Any) -> tuple[Any, tuple[torch.Tensor, ...]]:
+    """What tells calls of one form from others, and the tensors.
+
+    Raises:
+        TypeError: there is something that no place can be made for.
+    """
+    leaves, structure = tree_flatten(arguments)
+    tensors: list[torch.Tensor] = []
+    kinds: list[tuple] = []
+    for leaf in leaves:
+        if isinstance(leaf, Documents):
+            rounded = leaf.rounded()
+            tensors.append(rounded.borders)
+            kinds.append((Documents, len(rounded.borders), rounded.longest))
+        elif isinstance(leaf, torch.Tensor) and not leaf.requires_grad:
+            tensors.append(leaf)
+            kinds.append((torch.Tensor, leaf.shape, leaf.dtype, leaf.device))
+        elif leaf is None or isinstance(leaf, bool | int | float | str):
+            kinds.append((type(leaf), leaf))
+        else:
+            raise TypeError(f"a layer is called with a {type(leaf).__name__}")
+    return (str(structure), tuple(kinds)), tuple(tensors)
+
+
+def with_tensors(arguments: Any, tensors: tuple[torch.Tensor, ...]) -> Any:
+    """``arguments`` with others in the places of its tensors, in the order of ``tensors_of``."""
+    leaves, structure = tree_flatten(arguments)
+    others = iter(tensors)
+
+    def other(leaf: Any) -> Any:
+        if isinstance(leaf, Documents):
+            return Documents((), next(others), leaf.rounded().longest)
+        return next(others) if isinstance(leaf, torch.Tensor) else leaf
+
+    return tree_unflatten([other(leaf) for leaf in leaves], structure)

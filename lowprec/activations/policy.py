@@ -24,6 +24,7 @@ from lowprec.errors import UserError
 
 if TYPE_CHECKING:
     from lowprec.config import Recipe
+    from lowprec.optim import AdamW
 
 POLICIES = ("none", "full", "selective", "offload")
 
@@ -46,6 +47,12 @@ class Activations:
         if self.no_graphs:
             return facts | {"cuda_graphs": {"why_not": self.no_graphs}}
         return facts | ({"cuda_graphs": self.graphs.to_dict()} if self.graphs else {})
+
+    def update_in_backward(self, optimizer: "AdamW") -> None:
+        """Let the optimizer update in backward, from gradients that are not copied where it uses them up at once."""
+        optimizer.update_in_backward()
+        if self.graphs is not None:
+            self.graphs.lends_gradients = optimizer.uses_gradients_at_once and not self.graphs.shares_parameters
 
     def told(self) -> str:
         """For people."""

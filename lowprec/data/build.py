@@ -95,7 +95,7 @@ class Builder:
             return
         named = ", ".join(f"data.columns.{name}={own}" for name, own in self._unseen.items())
         raise UserError(
-            f"{named}: no record of data.path={path} has such a field. The fields of the first one: "
+            f"{named}: no record that was read from data.path={path} has such a field. The fields of the first one: "
             f"{', '.join(self._first_fields)}."
         )
 
@@ -162,7 +162,7 @@ def build_samples(
         else:
             if not num_problems:
                 yield from samples
-    if key == "data.path":
+    if key == "data.path":  # held-out data may have the layouts' own names
         builder.check_columns(path)
     if num_problems:
         raise UserError(_told(path, key, problems, num_problems, builder.counts.records))

@@ -150,8 +150,10 @@ class Run:
         self.console.print(self.data.summary)
         self.model = load_model(recipe.model)
         policy = choose_policy(recipe, device)
-        packed = COMPUTE_DTYPE[recipe.model.dtype] if recipe.data.packing else None
-        no_graphs = why_no_graphs(self.model, policy[0], device, packed)
+        no_graphs = None
+        if options.cuda_graphs:
+            packed = COMPUTE_DTYPE[recipe.model.dtype] if recipe.data.packing else None
+            no_graphs = why_no_graphs(self.model, policy[0], device, packed)
         attend_without_masks(self.model, recipe.data.max_length + options.sample_max_new_tokens)
         calibration = calibration_batch(recipe.wrap, self.data, self.tokenizer.pad_token_id, device)
         if calibration is not None:
@@ -230,10 +232,7 @@ class Run:
         if not isinstance(self.optimizer, AdamW):
             return
         if options.max_grad_norm is None and alone:
-            self.optimizer.update_in_backward()
-            graphs = self.activations.graphs
-            if graphs is not None:
-                graphs.lends_gradients = self.optimizer.uses_gradients_at_once and not graphs.shares_parameters
+            self.activations.update_in_backward(self.optimizer)
         elif self.recipe.choice("state_store") != "gpu":
             why = f"train.max_grad_norm={options.max_grad_norm} clips by the exact norm of all gradients"
             if options.max_grad_norm is None:

@@ -12,8 +12,7 @@ from peft import LoraConfig, get_peft_model
 from torch.autograd.graph import saved_tensors_hooks
 
 from lowprec.activations import keep_activations, why_no_graphs
-from lowprec.activations.graphs import MOST_SHAPES, GraphedLayer, LayerGraphs, _tensors_of, _with_tensors
-from lowprec.activations.places import copies, unowned
+from lowprec.activations.graphs import MOST_SHAPES, GraphedLayer, LayerGraphs
 from lowprec.attention import attend_without_masks
 from lowprec.data.documents import Documents
 from lowprec.lora import fuse
@@ -239,8 +238,9 @@ def test_gradients_that_are_used_at_once_are_not_copied(policy, monkeypatch):
     plain = tiny_model("llama")
     model = copy.deepcopy(plain)
     activations, _ = graphed(model, policy, monkeypatch)
-    activations.graphs.lends_gradients = True
-    monkeypatch.setattr("lowprec.activations.graphs.copies", None)
+    activations.update_in_backward(SimpleNamespace(update_in_backward=lambda: None, uses_gradients_at_once=True))
+    assert activations.graphs.lends_gradients
+    monkeypatch.setattr("lowprec.activations.recorded.copies", None)
 
     def use(parameter):
         with torch.no_grad():
@@ -309,46 +309,6 @@ def test_a_second_backward_is_refused_where_it_would_be_wrong(monkeypatch):
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="a second time"):
         loss.backward()
-
-
-def test_copies_are_contiguous_and_apart():
-    odd = torch.arange(6.0).view(2, 3)
-    found = [odd.t(), None, torch.ones(70, dtype=torch.float64), odd[:, 1], torch.tensor(3.0)]
-    made = copies(found)
-    assert made[1] is None
-    for one, other in zip(found, made, strict=True):
-        if one is not None:
-            assert torch.equal(one, other) and other.is_contiguous() and one.data_ptr() != other.data_ptr()
-    assert made[0].untyped_storage().data_ptr() == made[3].untyped_storage().data_ptr()
-    assert made[3].data_ptr() % 64 == made[0].data_ptr() % 64
-    assert copies([None]) == [None] and copies([]) == []
-
-
-@pytest.mark.gpu
-def test_memory_of_others_is_read_where_it_lies():
-    owner = SimpleNamespace()
-    for dtype in (torch.bfloat16, torch.float32, torch.int8):
-        whole = torch.arange(60, device="cuda").to(dtype).view(6, 10)
-        for part in (whole, whole.t(), whole[1:4, 2:5], whole[:, 3], whole[2, 2], whole[:0]):
-            read = unowned(part, owner)
-            assert torch.equal(read, part) and read.stride() == part.stride() and read.dtype == dtype
-        read = unowned(whole, owner)
-        whole.add_(1)
-        assert torch.equal(read, whole)
-
-
-def test_arguments_of_packed_rows_have_places():
-    documents, mask = Documents.of([5, 7, 12]), torch.ones(2)
-    arguments = (), {"documents": documents, "mask": mask, "plain": 3}
-    signature, tensors = _tensors_of(arguments)
-    assert [tensor.tolist() for tensor in tensors] == [documents.rounded().borders.tolist(), [1, 1]]
-    alike = Documents.of([9, 15])
-    assert signature == _tensors_of(((), {"documents": alike, "mask": mask, "plain": 3}))[0]
-    other = Documents.of([1] * 9)
-    assert signature != _tensors_of(((), {"documents": other, "mask": mask, "plain": 3}))[0], "another power of two"
-    _, keywords = _with_tensors(arguments, (torch.zeros(9, dtype=torch.int32), mask + 1))
-    assert keywords["documents"].borders.sum() == 0 and keywords["documents"].longest == 16
-    assert keywords["mask"].tolist() == [2, 2] and keywords["plain"] == 3
 
 
 @pytest.mark.parametrize("policy", POLICIES)

@@ -64,11 +64,7 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     fused = recipe.adapter.fuse(model)
     optimizer = recipe.optimizer.build(model, recipe.state_store)
     if isinstance(optimizer, AdamW) and recipe.train.max_grad_norm is None:
-        optimizer.update_in_backward()
-        layers_in_graphs = activations.graphs
-        if layers_in_graphs is not None:
-            shares = layers_in_graphs.shares_parameters
-            layers_in_graphs.lends_gradients = optimizer.uses_gradients_at_once and not shares
+        activations.update_in_backward(optimizer)
     schedule = build_schedule(optimizer, recipe.optimizer, work.warmup + work.timed)
     wrapped = accelerator.prepare_model(model)
     prepared = accelerator.prepare_optimizer(optimizer)
