@@ -3,10 +3,9 @@
 from collections.abc import Iterator
 from functools import partial
 
-import torch
-
 from lowprec.doctor.check import Check, attempt
 from lowprec.machine.profile import profile_path, read_profile
+from lowprec.report import versions
 
 GROUP = "lowprec"
 
@@ -34,7 +33,8 @@ def _profile() -> str:
     if not path.is_file():
         raise RuntimeError("this machine was never measured")
     profile = read_profile(path)
-    if profile.versions.get("torch") != torch.__version__:
-        raise RuntimeError(f"it was measured with PyTorch {profile.versions.get('torch')}, this is {torch.__version__}")
+    measured, here = profile.versions.get("torch"), versions()["torch"]
+    if measured != here:
+        raise RuntimeError(f"it was measured with PyTorch {measured}, this is {here}")
     errors = ", ".join(f"{kind} {100 * found.median_error:.0f} %" for kind, found in profile.validation.items())
     return f"{path}, of {profile.written[:10]}; unseen products are predicted within (median) {errors}"

@@ -8,6 +8,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
+import torch
 
 from lowprec.doctor.check import Check, attempt
 from lowprec.machine.energy import EnergyMeter
@@ -36,12 +37,13 @@ def check_system() -> Iterator[Check]:
     soft, hard = resource.getrlimit(resource.RLIMIT_MEMLOCK)
     found = f"{_limit(soft)} (ulimit -l), at most {_limit(hard)}"
     yield Check(group=GROUP, name="locked memory", ok=None, found=found)
-    yield attempt(
-        GROUP,
-        "processor's energy",
-        _energy,
-        remedy="Without it reports leave out the energy of runs that use no GPU.",
-    )
+    if not torch.cuda.is_available():  # the energy of a GPU is its own counter's
+        yield attempt(
+            GROUP,
+            "processor's energy",
+            _energy,
+            remedy="Without it reports leave out the energy of runs that use no GPU.",
+        )
 
 
 def in_wsl() -> bool:

@@ -59,7 +59,7 @@ def traced(device: torch.device, trace: Path | None, most: int = 15) -> Iterator
     """
     kernels = Kernels(on_device=device.type == "cuda", total_ms=0.0)
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if kernels.on_device else [])
-    with torch.profiler.profile(activities=activities) as profiler:
+    with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # without it, it warns
         yield kernels
         if kernels.on_device:
             torch.cuda.synchronize(device)

@@ -94,7 +94,7 @@ def _finished(
     return y
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M"])
 def _simple(
     a_ptr, b_ptr, y_ptr, sa_ptr, sb_ptr, bias_ptr, M, N, K, low_ptr, low_stride, up_ptr, rank,
     SCALAR_A: tl.constexpr, SCALAR_B: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, INTEGER: tl.constexpr,
@@ -120,7 +120,7 @@ def _simple(
     tl.store(y_ptr + m.to(tl.int64)[:, None] * N + n[None, :], y.to(y_ptr.dtype.element_ty), inside)
 
 
-@triton.jit
+@triton.jit(do_not_specialize=["M", "PROGRAMS"])  # nine programs of a second each to compile, for no faster one
 def _persistent(
     a_tiles, b_tiles, y_tiles, sa_ptr, sb_ptr, bias_ptr, M, N, K, PROGRAMS, low_ptr, low_stride, up_ptr, rank,
     SCALAR_A: tl.constexpr, SCALAR_B: tl.constexpr, BIAS: tl.constexpr, RANK: tl.constexpr, INTEGER: tl.constexpr,

@@ -63,4 +63,5 @@ def cap_memory(gib: float | None, device: torch.device) -> None:
         return
     torch.cuda.empty_cache()
     total = torch.cuda.get_device_properties(device).total_memory
-    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), device)
+    index = torch.cuda.current_device() if device.index is None else device.index  # it takes no bare "cuda"
+    torch.cuda.set_per_process_memory_fraction(min(1.0, gib * 2**30 / total), index)

@@ -70,8 +70,8 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     prepared = accelerator.prepare_optimizer(optimizer)
     step = TrainStep(wrapped, prepared, schedule, accelerator, recipe.train.max_grad_norm)
     batch = random_batch(work.shape["vocab_size"], work.batch, work.length, device)
-    cap_memory(work.cap_gib, device)
     try:
+        cap_memory(work.cap_gib, device)
         timing = time_steps(lambda: step(batch, stop=False).values[0], work.tokens, work.warmup, work.timed, device)
         with traced(device, None) as watched:
             step(batch, stop=False)
