@@ -44,7 +44,7 @@ def grid() -> dict[str, Work]:
         words = [item.rpartition(".")[2] for item in overrides]
         name = " ".join([shape, recipe, f"{rows}x{length}", *words])
         fixed = ("train.gradient_accumulation_steps=1", f"data.max_length={length}")
-        one = Work(name, SHAPES[shape], rows, length, recipe, (*fixed, *overrides), cap_gib=ROOM, warmup=3, timed=3)
+        one = Work(name, SHAPES[shape], rows, length, recipe, (*fixed, *overrides), cap_gib=ROOM, warmup=3, timed=7)
         works.append(one)
 
     for shape, methods in BATCHES.items():

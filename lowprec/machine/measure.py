@@ -22,7 +22,7 @@ from lowprec.machine.shapes import Shape, designed_shapes
 from lowprec.machine.timing import copy_bandwidth, graph_milliseconds, link_bandwidth, milliseconds
 from lowprec.optim.disk import GIB, HostMemory
 
-SECONDS = 50.0
+SECONDS = 40.0
 MAX_PRODUCTS = 140
 """Of one kind: more would make the fit no better, and slower."""
 MIN_PRODUCTS = 24

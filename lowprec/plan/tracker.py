@@ -4,6 +4,7 @@ The method is that of ``torch.distributed._tools.mem_tracker`` (weak references 
 the events themselves are kept, not only peaks.
 """
 
+import sys
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
@@ -21,6 +22,7 @@ STILL = "model"
 """Before the step: what is there already."""
 
 
+_ADD = torch.ops.aten.add.Tensor
 _ASKS_DEVICE = torch.ops.prim.device.default
 _NO_KERNEL = {torch.ops.aten.empty, torch.ops.aten.empty_like, torch.ops.aten.new_empty, torch.ops.aten.empty_strided}
 
@@ -35,6 +37,8 @@ class Tracker(TorchDispatchMode):
         self.keeps = False
         """Whether what comes now is kept for backward (in forward, and in recomputed forward)."""
         self._vocab_size = vocab_size
+        self._sum: tuple[int, int] | None = None
+        """Autograd's sum of two gradients that was the last call: the storages of the older one and of the sum."""
         self._number: dict[int, int] = {}
         self._references: dict[int, weakref.ref] = {}
 
@@ -50,8 +54,8 @@ class Tracker(TorchDispatchMode):
         inputs, outputs = list(_tensors(args)), list(_tensors(out))
         if kwargs:
             inputs += _tensors(tuple(kwargs.values()))
-        for tensor in outputs:
-            self._meet(tensor)
+        numbers = [self._meet(tensor) for tensor in outputs]
+        self._sum = (self._meet(inputs[0]), numbers[0]) if func is _ADD and _by_autograd() else None
         if not func.is_view and func.overloadpacket not in _NO_KERNEL and (outputs or func._schema.is_mutable):
             self._count(func, args, kwargs, inputs, outputs)
         return out
@@ -116,9 +120,18 @@ class Tracker(TorchDispatchMode):
             del self._references[number]
             if self._number.get(place) == number:
                 del self._number[place]
-            self.tape.runs[-1].events.append(2 * number + 1)
+            events = self.tape.runs[-1].events
+            # Under a dispatch mode autograd adds two gradients to a third; without one it adds to the older of them
+            # where nobody else holds that, so that it goes as soon as the sum is there.
+            in_place = self._sum is not None and self._sum[0] == number and events[-1:] == [2 * self._sum[1]]
+            events.insert(len(events) - in_place, 2 * number + 1)
 
         return note
+
+
+def _by_autograd() -> bool:
+    """Whether the operator that is dispatched was called by autograd's engine and by no function in Python."""
+    return sys._getframe(2).f_code.co_name == "_engine_run_backward"
 
 
 def _tensors(values: Any) -> Iterator[torch.Tensor]:

@@ -69,7 +69,7 @@ IN_GRAPHS = {"qlora_8b": (7.285, 7.596), "lora_8bit_8b": (11.529, 11.872), "full
 
 @pytest.mark.parametrize("name", IN_GRAPHS)
 def test_memory_of_layers_as_graphs(name):
-    """Allocated within 3 %, reserved within 1 %."""
+    """Allocated within 1 %, reserved within 3 %."""
     work = all_works()[name]
     recipe = recipe_of(work, Path(), torch.device("cuda"))
     train = replace(recipe.train, gradient_accumulation_steps=1)
@@ -77,7 +77,7 @@ def test_memory_of_layers_as_graphs(name):
         replace(recipe, train=train), work.batch, work.length
     )
     allocated, reserved = IN_GRAPHS[name]
-    assert found.peak.allocated / 1e9 == pytest.approx(allocated, rel=0.03)
-    assert found.reserved / 1e9 == pytest.approx(reserved, rel=0.01)
+    assert found.peak.allocated / 1e9 == pytest.approx(allocated, rel=0.01)
+    assert found.reserved / 1e9 == pytest.approx(reserved, rel=0.03)
     assert sum(found.peak.parts.values()) == found.peak.allocated
     assert train.cuda_graphs and found.time.host_ms < found.time.products_ms

@@ -6,7 +6,7 @@ from torch import nn
 
 from lowprec.plan.ledger import peak_of
 from lowprec.plan.tape import Tape
-from lowprec.plan.tracker import Tracker
+from lowprec.plan.tracker import BACKWARD, Tracker
 from lowprec.testing import tiny_model
 from tests.plan.loops import traced, with_checkpointing, with_lora
 
@@ -77,3 +77,45 @@ def test_products_are_counted_with_their_shapes():
         layer(torch.ones(8, 32)).sum().backward()
     shapes = {(p.m, p.n, p.k): count for run in tracker.tape.runs for p, count in run.products.items()}
     assert shapes == {(8, 48, 32): 1, (48, 32, 8): 1}
+
+
+def _peak_in_backward(fork) -> int:
+    """Bytes alive at most in backward of ``fork`` of a vector of 4000 bytes."""
+    x = torch.ones(1000, requires_grad=True)
+    tracker = Tracker()
+    with tracker:
+        loss = fork(x * 2).sum()
+        tracker.tape.begin(BACKWARD)
+        loss.backward()
+    alive = {storage for run in tracker.tape.runs[:-1] for storage in _alive(run.events)}
+    sizes, peak = tracker.tape.sizes, 0
+    for event in tracker.tape.runs[-1].events:
+        (alive.discard if event & 1 else alive.add)(event >> 1)
+        peak = max(peak, sum(sizes[storage] for storage in alive))
+    return peak
+
+
+def _alive(events: list[int]) -> set[int]:
+    return {event >> 1 for event in events if not event & 1} - {event >> 1 for event in events if event & 1}
+
+
+def test_autograd_adds_gradients_in_place():
+    """As it does without a dispatch mode: two uses of a tensor take no third gradient for their sum."""
+    once = _peak_in_backward(lambda y: y * 3)
+    assert _peak_in_backward(lambda y: y * 3 + y * 4) == once  # two gradients there, here one and what it becomes
+    assert _peak_in_backward(lambda y: y * 3 + y * 4 + y * 5) == once
+
+
+class _Sum(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx, y):
+        return y * 3
+
+    @staticmethod
+    def backward(ctx, grad):
+        grad = grad * 3
+        return grad + grad * 4  # a sum of Python's own is no sum of autograd's
+
+
+def test_sums_that_python_makes_are_not_in_place():
+    assert _peak_in_backward(_Sum.apply) == _peak_in_backward(lambda y: y * 3 + y * 4) + 4000
