@@ -57,6 +57,9 @@ class _EightBitLinear(nn.Linear):
 class TrainedEightBitLinear(_EightBitLinear):
     """A linear layer whose weight stays an ordinary parameter; all three products run in 8 bits.
 
+    An evaluation (``eval()`` without gradients) takes the parameter as it is: that is what gets saved and used, and
+    what its loss should be of. e4m3 products alone add 0.95 % to the held-out loss of SmolLM2-135M.
+
     ``cache`` says what outlives a call: ``none``; ``one``, the codes of the forward product; ``both``, those of the
     input gradient too. ``weight_cache.py`` says when they are made again. Writing through ``weight.data`` between two
     steps of the optimizer moves nothing that can be seen: call ``forget_codes()`` after that.
@@ -91,6 +94,9 @@ class TrainedEightBitLinear(_EightBitLinear):
         return forward, transposed_weight(weight, forward, self.plan) if self.cache == "both" else None
 
     def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if not self.training and not torch.is_grad_enabled():
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
         if not self.weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warnings.warn(
                 "an 8-bit layer that was built for training has a frozen weight now, which keeps its 16-bit copy: call "

@@ -113,6 +113,21 @@ def test_without_a_cache_each_call_quantises(casts):
 
 
 @pytest.mark.parametrize("scheme", SCHEMES)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_an_evaluation_takes_the_weight_that_is_saved(scheme, dtype, casts):
+    plain = linear().to(dtype)
+    layer, x = scheme().convert(copy.deepcopy(plain), False), torch.randn(16, 64).bfloat16()
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        assert torch.equal(layer.eval()(x), plain(x))
+        assert not casts
+        assert not torch.equal(layer.train()(x), plain(x))  # reentrant checkpointing's first pass, which trains
+    with torch.no_grad():
+        assert layer.eval()(x).dtype == torch.bfloat16
+    assert not torch.equal(layer(x), plain.bfloat16()(x))  # with gradients: a loop that never called train()
+    assert len(casts) == 2
+
+
+@pytest.mark.parametrize("scheme", SCHEMES)
 def test_a_trained_layer_saves_its_parameters_bit_for_bit(scheme):
     plain = linear()
     layer = scheme(cache="both").convert(copy.deepcopy(plain), False)
