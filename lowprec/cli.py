@@ -68,6 +68,7 @@ _BENCH_HELP = """
 examples:
   lowprec bench linear --peers        8-bit linear layers beside bf16 and torchao
   lowprec bench rotate --json rotate.json
+  lowprec bench step --works attention,adamw        pieces of a step beside what they replace
   lowprec bench ssd --path /mnt/nvme/states
   lowprec bench ssd --path /mnt/nvme/states --works fp32,int8 --peers    training over that disk, beside DeepSpeed
   lowprec bench plan --minutes 9                    plans beside what steps take; goes on where it stopped
@@ -184,7 +185,7 @@ def _parser() -> argparse.ArgumentParser:
     doctor.add_argument("--path", default=".", help="a folder on the disk to measure (--measure)")
 
     bench = verb("bench", _bench, "Repeat a benchmark of docs/benchmarks on this machine.", _BENCH_HELP)
-    bench.add_argument("what", choices=["linear", "rotate", "matmul", "plan", "ssd", "train"])
+    bench.add_argument("what", choices=["linear", "rotate", "matmul", "step", "plan", "ssd", "train"])
     peers = (
         "measure other libraries, too (linear: torchao; ssd: DeepSpeed; train: all installed, or a list such as "
         "unsloth,transformers)"
@@ -193,7 +194,7 @@ def _parser() -> argparse.ArgumentParser:
     bench.add_argument(
         "--works",
         metavar="NAME,...",
-        help="lines of the table, or grid (train); parts of names (plan); training over the disk: all or names (ssd)",
+        help="lines of the table, or grid (train); parts of names (plan, step); all or names, to train (ssd)",
     )
     bench.add_argument(
         "--minutes", type=float, help="end after that long; the same command goes on (plan, ssd --works, train)"

@@ -11,7 +11,7 @@ _BASH = """_lowprec() {{
         2) case ${{COMP_WORDS[1]}} in
                train|plan|profile)
                    COMPREPLY=($(compgen -W "{recipes}" -- "$word") $(compgen -f -X '!*.yaml' -- "$word")) ;;
-               bench) COMPREPLY=($(compgen -W "linear rotate matmul plan ssd train" -- "$word")) ;;
+               bench) COMPREPLY=($(compgen -W "linear rotate matmul step plan ssd train" -- "$word")) ;;
                ssd) COMPREPLY=($(compgen -W "clean export" -- "$word")) ;;
                recipes) COMPREPLY=($(compgen -W "ls show cp" -- "$word")) ;;
                completion) COMPREPLY=($(compgen -W "bash zsh" -- "$word")) ;;

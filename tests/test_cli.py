@@ -58,6 +58,7 @@ def test_recipes(capsys, tmp_path):
         (["recipes", "show", "nope"], "quickstart"),
         (["merge", "not_a_folder", "out"], "not_a_folder"),
         (["bench", "ssd"], "--path"),
+        (["bench", "step", "--works", "nothing"], "packed_attention"),
         (["ssd", "clean", "not_a_folder"], "not_a_folder"),
         (["ssd", "export", "not_a_folder"], "target"),
         (["ssd", "export", "not_a_folder", "out"], "not_a_folder"),

@@ -7,6 +7,7 @@ from pathlib import Path
 from lowprec.bench import linear, matmul, rotate, ssd
 from lowprec.bench.plan import bench_plan
 from lowprec.bench.ssd_training import bench_ssd_training
+from lowprec.bench.step import bench_step
 from lowprec.bench.train.run import bench_train
 from lowprec.display import make_console
 from lowprec.errors import UserError
@@ -36,6 +37,8 @@ def run(options: argparse.Namespace) -> None:
         return _tell(bench_train(works, peers, folder=folder, minutes=options.minutes), folder, "bench_train")
     if options.what == "linear":
         results = [linear.run(options.tokens, bool(peers)), linear.break_even()]
+    elif options.what == "step":
+        results = [bench_step(works)]
     else:
         results = [(rotate.run if options.what == "rotate" else matmul.run)(options.tokens)]
     make_console().print(*results)

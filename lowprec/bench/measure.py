@@ -6,6 +6,7 @@ from pathlib import Path
 
 import torch
 from rich.console import Console, ConsoleOptions, RenderResult
+from rich.markup import escape
 from rich.table import Table
 
 from lowprec.errors import UserError
@@ -23,12 +24,13 @@ class BenchResult:
     notes: list[str] = field(default_factory=list)
 
     def table(self) -> Table:
-        table = Table(title=self.title, title_justify="left", caption="\n".join(self.notes), caption_justify="left")
+        caption = escape("\n".join(self.notes))  # notes and names of other libraries may have brackets
+        table = Table(title=self.title, title_justify="left", caption=caption, caption_justify="left")
         columns = list(dict.fromkeys(key for row in self.rows for key in row))
         for column in columns:
             table.add_column(column, justify="left" if isinstance(self.rows[0].get(column), str) else "right")
         for row in self.rows:
-            table.add_row(*(_text(row.get(column)) for column in columns))
+            table.add_row(*(escape(_text(row.get(column))) for column in columns))
         return table
 
     def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:

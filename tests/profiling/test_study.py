@@ -120,6 +120,13 @@ def test_the_page_of_the_whole_study(tmp_path):
     write_report(tmp_path)
     page = (tmp_path / "consumer_gpu.md").read_text()
     assert page.count("\n| 1 | ") == page.count("\n| 2 | ") == 2 and "| 500.3 |" in page and "Card" in page
+    assert "Repeat: `lowprec profile --study consumer_gpu --shape qwen2.5-1.5b`" in page
+
+
+def test_a_reduced_study_is_repeated_reduced(tmp_path):
+    run_study(Console(quiet=True), shape="tiny", reduced=True, output=str(tmp_path), cells=[])
+    page = (tmp_path / "consumer_gpu.md").read_text()
+    assert "Repeat: `lowprec profile --study consumer_gpu --shape tiny --reduced`" in page
 
 
 @pytest.mark.gpu

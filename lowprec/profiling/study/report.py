@@ -10,7 +10,7 @@ from lowprec.profiling.study.cells import OWN, PAPER, PLAIN
 from lowprec.profiling.study.claims import verdicts
 from lowprec.profiling.study.effects import Effect, effects
 from lowprec.profiling.study.plots import plot_effects, plot_memory
-from lowprec.profiling.study.run import ABOUT, read_rows, shape_of
+from lowprec.profiling.study.run import ABOUT, command_of, read_rows, shape_of
 
 Rows = Sequence[dict[str, Any]]
 COLUMNS = (
@@ -54,8 +54,7 @@ def page(rows: Rows, found: Sequence[Effect], about: dict[str, Any]) -> str:
         f"all; every token is trained, none is padding. {about['warmup']} steps of warm-up, {about['steps']} measured. "
         "Each row is one cell, run once.",
         f"{len(rows)} cells: {count['ok']} ran, {count['out_of_memory']} ran out of memory, {count['failed']} failed.",
-        f"{versions}. Repeat: `lowprec profile --study consumer_gpu --shape {about['shape']}`; all figures are in "
-        f"{CSV}.",
+        f"{versions}. Repeat: `{command_of(about)}`; all figures are in {CSV}.",
         "## Which of the paper's claims hold",
         _table(
             ["claim", "when one factor changes", "measured"], ((v.claim, v.verdict, v.measured) for v in verdicts(rows))

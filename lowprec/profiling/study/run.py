@@ -154,3 +154,9 @@ def _append(folder: Path, row: dict[str, Any], total: int) -> None:
 
 def shape_of(about: dict[str, Any]) -> Shape:
     return SHAPES[about["shape"]]
+
+
+def command_of(about: dict[str, Any]) -> str:
+    """What repeats a study. The steps tell which it was: no other option sets them."""
+    is_reduced = (about["warmup"], about["steps"]) == (REDUCED_WARMUP, REDUCED_STEPS)
+    return f"lowprec profile --study consumer_gpu --shape {about['shape']}{' --reduced' if is_reduced else ''}"
