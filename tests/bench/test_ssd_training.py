@@ -7,6 +7,7 @@ import pytest
 from lowprec.bench.ssd_training import bench_ssd_training
 from lowprec.bench.ssd_training.process import host_gb, host_peak_gb
 from lowprec.bench.ssd_training.table import facts, markdown
+from lowprec.bench.ssd_training.works import KNOWN
 from lowprec.errors import UserError
 
 RAW = {"block_mib": 8.0, "threads": 2, "read_gb_s": 1.9, "write_gb_s": 2.5, "mixed_gb_s": 2.0, "direct": True}
@@ -44,6 +45,14 @@ def test_what_follows_from_the_figures():
     assert "deepspeed 0.19.8" in table and "mixed 2.00 GB/s (8 MiB, 2 threads, O_DIRECT)" in table
     failed = {"work": "8b_24gib", "by": "lowprec", "gpu": "some GPU", "status": "out of memory", "error": "tried"}
     assert "8b_24gib by lowprec: out of memory: tried" in markdown([row, failed | {"versions": {}}])
+
+
+def test_one_run_of_the_peer_serves_every_format_of_states():
+    fp32, int8, clipped, cpu = (KNOWN[name] for name in ("fp32", "int8", "fp32_clip", "fp32_cpu"))
+    assert int8.same_peer(fp32) and not clipped.same_peer(clipped) and not cpu.same_peer(fp32)
+    rows = [made_up(by, [10.0] * 3, work="fp32") for by in ("lowprec", "deepspeed")] + [made_up("lowprec", [4.0] * 3)]
+    table = [line for line in markdown(rows).splitlines() if "[" in line and line.startswith("| ")]
+    assert [line.split(" | ")[-1] for line in table[1:]] == ["100% |", " |", "40% |"]
 
 
 def test_what_cannot_run_is_refused_with_the_remedy(tmp_path):

@@ -16,7 +16,7 @@ from lowprec.bench.measure import machine
 from lowprec.bench.processes import figures_of, path_of, read, versions
 from lowprec.bench.ssd_training import deepspeed
 from lowprec.bench.ssd_training.table import markdown
-from lowprec.bench.ssd_training.works import TINY_WORK, WORKS, Work
+from lowprec.bench.ssd_training.works import KNOWN, TINY_WORK, WORKS, Work
 from lowprec.errors import UserError
 from lowprec.optim.stores import read_tuned
 
@@ -42,7 +42,7 @@ def bench_ssd_training(
     Args:
         works: names of works.WORKS, ``all`` of them, or ``tiny``.
         path: the folder on the disk; keeps ``bench_ssd.jsonl`` and ``.md``.
-        peers: ``deepspeed`` (or ``all``), run on the same path right after the work that it is the peer of.
+        peers: ``deepspeed`` (or ``all``), run on the same path right after the first work that it is the peer of.
         minutes: nothing is begun that could not end in that time, and what goes on is ended; call again to go on.
             What is in the results is not repeated.
         raw_s, raw_gib: seconds and file of the raw measurement before each work.
@@ -64,8 +64,8 @@ def bench_ssd_training(
         say(f"{path}: {best.block_mib:g} MiB and {best.threads} threads kept")
     for work in chosen:
         for by in ("lowprec", "deepspeed") if work.peer and with_peer else ("lowprec",):
-            if any((row["work"], row["by"], row["gpu"], row["status"]) == (work.name, by, on, "ok")
-                   for row in read(results)):  # fmt: skip
+            done = [row["work"] for row in read(results) if (row["by"], row["gpu"], row["status"]) == (by, on, "ok")]
+            if work.name in done or (by == "deepspeed" and any(work.same_peer(KNOWN[name]) for name in done)):
                 continue
             left = None if minutes is None else 60 * minutes - (time.monotonic() - begin)
             if left is not None and left < SHORTEST_S:
@@ -108,13 +108,12 @@ def _measure(work: Work, by: str, path: Path, left: float | None, raw_s: float, 
 
 
 def _select(names: Sequence[str]) -> list[Work]:
-    known = WORKS | {TINY_WORK.name: TINY_WORK}
     if list(names) == ["all"]:
         return list(WORKS.values())
     for name in names:
-        if name not in known:
-            raise UserError(f"--works {name} is no work of bench ssd. Choose from: {', '.join(known)}, or all.")
-    return [work for work in known.values() if work.name in names]
+        if name not in KNOWN:
+            raise UserError(f"--works {name} is no work of bench ssd. Choose from: {', '.join(KNOWN)}, or all.")
+    return [work for work in KNOWN.values() if work.name in names]
 
 
 def _wants_peer(names: Sequence[str]) -> bool:

@@ -3,11 +3,11 @@
 import statistics
 from typing import Any
 
-from lowprec.bench.ssd_training.works import TINY_WORK, WORKS
+from lowprec.bench.ssd_training.works import KNOWN
 
 STEPS = (
     "work", "by", "step s, p50 [of each]", "read + written GB", "disk s at raw mixed", "compute s",
-    "step / the larger", "of raw mixed", "not hidden s", "lowprec takes",
+    "step / the larger", "of raw mixed", "not hidden s", "of DeepSpeed's step",
 )  # fmt: skip
 MEMORY = (
     "work",
@@ -23,11 +23,10 @@ def markdown(rows: list[dict[str, Any]]) -> str:
     """The newest result of every run, by GPU: steps, memory, the disk's raw rates, and what is to be reached."""
     if not rows:
         return "No results yet.\n"
-    works = WORKS | {TINY_WORK.name: TINY_WORK}
     parts = []
     for gpu in dict.fromkeys(row["gpu"] for row in rows):
-        newest = {(row["work"], row["by"]): row for row in rows if row["gpu"] == gpu and row["work"] in works}
-        mine = [newest[name, by] for name in works for by in ("lowprec", "deepspeed") if (name, by) in newest]
+        newest = {(row["work"], row["by"]): row for row in rows if row["gpu"] == gpu and row["work"] in KNOWN}
+        mine = [newest[name, by] for name in KNOWN for by in ("lowprec", "deepspeed") if (name, by) in newest]
         good = [row for row in mine if row["status"] == "ok"]
         numbers = mine[-1]["versions"] | {row["by"]: row["version"] for row in good if "version" in row}
         parts += [f"## {gpu}", " ".join(f"{name} {number}" for name, number in numbers.items()), ""]
@@ -36,7 +35,7 @@ def markdown(rows: list[dict[str, Any]]) -> str:
         parts += [f"- {row['work']} by {row['by']}: {row['status']}: {row.get('error', '')}" for row in mine
                   if row["status"] != "ok"]  # fmt: skip
         parts += [_raw(row) for row in good if "raw" in row]
-        parts += ["", *(f"- {name}: {works[name].target}." for name in dict.fromkeys(row["work"] for row in mine)), ""]
+        parts += ["", *(f"- {name}: {KNOWN[name].target}." for name in dict.fromkeys(row["work"] for row in mine)), ""]
     return "\n".join(parts)
 
 
@@ -63,10 +62,12 @@ def facts(row: dict[str, Any]) -> dict[str, float]:
 def _step(row: dict[str, Any], newest: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
     found = facts(row)
     each = ", ".join(f"{step['step_s']:.2f}" for step in row["steps"][1:])
-    ours = newest.get((row["work"], "lowprec"))
-    factor = ""
-    if row["by"] != "lowprec" and ours and ours["status"] == "ok":
-        factor = f"{ours['step_s_p50'] / row['step_s_p50']:.0%}"
+    peers = [
+        other["step_s_p50"]
+        for (name, by), other in newest.items()
+        if by == "deepspeed" and other["status"] == "ok" and KNOWN[row["work"]].same_peer(KNOWN[name])
+    ]
+    share = f"{row['step_s_p50'] / peers[0]:.0%}" if peers and row["by"] == "lowprec" else ""
     return [
         row["work"],
         row["by"],
@@ -77,7 +78,7 @@ def _step(row: dict[str, Any], newest: dict[tuple[str, str], dict[str, Any]]) ->
         _number(found.get("of_larger")),
         f"{found['share_of_raw']:.0%}" if "share_of_raw" in found else "",
         _number(found.get("not_hidden_s")),
-        factor,
+        share,
     ]
 
 

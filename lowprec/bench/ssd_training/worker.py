@@ -7,13 +7,13 @@ from pathlib import Path
 
 import torch
 
-from lowprec.bench.ssd_training.works import TINY_WORK, WORKS
+from lowprec.bench.ssd_training.works import KNOWN
 
 
 def main(name: str, by: str, path: str) -> None:
     from lowprec.bench.ssd_training import deepspeed, ours
 
-    work = (WORKS | {TINY_WORK.name: TINY_WORK})[name]
+    work = KNOWN[name]
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     try:
         figures = {"status": "ok"} | (ours if by == "lowprec" else deepspeed).run(work, Path(path), device)

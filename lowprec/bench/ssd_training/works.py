@@ -33,6 +33,11 @@ class Work:
     peer: str | None = None
     """The device of DeepSpeed's optimizer that is measured with the same shape and batch."""
 
+    def same_peer(self, other: "Work") -> bool:
+        """Whether one run of DeepSpeed is the peer of both: the formats of our states are nothing to it."""
+        mine, theirs = ((work.peer, work.shape, work.batch, work.length, work.max_grad_norm) for work in (self, other))
+        return self.peer is not None and mine == theirs
+
     def to_dict(self) -> dict[str, Any]:
         return asdict(self)
 
@@ -57,3 +62,4 @@ WORKS = {
 TINY_WORK = Work(
     "tiny", "tries the benchmark out on any machine", TINY, batch=2, length=64, steps=3, pinned_gib=0.05, peer="nvme"
 )
+KNOWN = WORKS | {TINY_WORK.name: TINY_WORK}
