@@ -67,6 +67,8 @@ def trials(device: torch.device) -> Iterator[Trial]:
         again = _backends("quantize_columns", "REQUANTIZE_BACKENDS")
         yield Trial(f"{kind} cast by columns, again", again, partial(tuple, known))
         yield Trial(f"{kind} transposition", _backends("transpose_codes"), partial(tuple, (a, None)))
+        if kind == "fp8":
+            yield Trial(f"{kind} scales along a sum", _backends("fold_scales"), partial(tuple, (scale_a, scale_b, 3)))
         product = (a, scale_a, b, scale_b, None, torch.bfloat16, True)
         without = ("torch._scaled_mm",) if kind == "int8" or device.type == "cpu" else ()
         yield Trial(f"{kind} product", _backends("scaled_matmul"), partial(tuple, product), without)

@@ -11,7 +11,15 @@ from lowprec_kernels.quantize_rows.reference import cast, dequantize, padded_row
 from torch.autograd.function import once_differentiable
 
 from lowprec.layers.products import Plan
-from lowprec.ops import quantize_columns, quantize_rows, requantize_columns, rotate, scaled_matmul, transpose_codes
+from lowprec.ops import (
+    fold_scales,
+    quantize_columns,
+    quantize_rows,
+    requantize_columns,
+    rotate,
+    scaled_matmul,
+    transpose_codes,
+)
 
 
 class Codes(NamedTuple):
@@ -34,14 +42,14 @@ def transposed_weight(weight: torch.Tensor | None, codes: Codes, plan: Plan) -> 
         return _columns(weight, plan.error_in_block, plan.error_out_block, plan.error_scale, plan.dtype)
     if plan.scale == "tensor":
         return Codes(transpose_codes(codes.codes), codes.scale)
-    largest = codes.scale.amax()
-    return Codes(transpose_codes(codes.codes, codes.scale / largest), largest)
+    factor, largest = fold_scales(codes.scale, None, codes.codes.shape[1])
+    return Codes(transpose_codes(codes.codes, factor), largest)
 
 
-def fold_factor(weight: Codes, transposed: Codes, plan: Plan) -> torch.Tensor | None:
+def fold_factor(weight: Codes, plan: Plan) -> torch.Tensor | None:
     """``[out]``, by what the forward codes' rows are multiplied to become the input gradient's operand; None where its
     codes are others, or the same."""
-    return weight.scale / transposed.scale if plan.shares_weight and plan.scale == "row" else None
+    return fold_scales(weight.scale)[0] if plan.shares_weight and plan.scale == "row" else None
 
 
 def frozen_transposed_weight(
@@ -137,12 +145,11 @@ def weight_gradient(
     if error_rows is None or not plan.shares_error:
         row = plan.weight_scale == "row"
         error_rows = _rows(error, 1, plan.weight_scale, plan.dtype, row, x_scale if row else None)
-    product_of_scales = error_rows.scale * x_scale
     if plan.weight_scale == "tensor":
-        errors = Codes(transpose_codes(error_rows.codes), product_of_scales)
+        errors = Codes(transpose_codes(error_rows.codes), error_rows.scale * x_scale)
     else:  # the scales lie along the sum: fold them, as powers of two, into the codes of E
-        largest = product_of_scales.amax() if product_of_scales.numel() else product_of_scales.new_ones(())
-        errors = Codes(transpose_codes(error_rows.codes, product_of_scales / largest), largest)
+        factor, largest = fold_scales(error_rows.scale, x_scale)
+        errors = Codes(transpose_codes(error_rows.codes, factor), largest)
     one = torch.ones_like(errors.scale)
     grad = scaled_matmul(*errors, transpose_codes(x_codes), one, None, out_dtype, plan.fast_gradients)
     return _rotated(grad, plan.weight_in_block)

@@ -179,7 +179,7 @@ class FrozenEightBitLinear(_EightBitLinear):
         # One a column, also where they are the same: cuBLAS takes them as they are, without a copy at each call.
         scale = backward.scale.expand(self.in_features).contiguous()
         self.register_buffer("backward_bits", scale.view(torch.int32), persistent=False)
-        factor = fold_factor(forward, backward, self.plan) if self.layout == "one" else None
+        factor = fold_factor(forward, self.plan) if self.layout == "one" else None
         self.register_buffer("factor_bits", None if factor is None else factor.view(torch.int32), persistent=False)
 
     @property

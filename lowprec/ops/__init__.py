@@ -4,6 +4,7 @@ Importing this package loads no Triton and touches no device; a backend loads it
 """
 
 from lowprec.ops.decode_nf4 import decode_nf4
+from lowprec.ops.fold_scales import fold_scales
 from lowprec.ops.quantize_columns import quantize_columns, requantize_columns
 from lowprec.ops.quantize_rows import quantize_rows
 from lowprec.ops.rotate import rotate
@@ -12,6 +13,7 @@ from lowprec.ops.transpose_codes import transpose_codes
 
 __all__ = [
     "decode_nf4",
+    "fold_scales",
     "quantize_columns",
     "quantize_rows",
     "requantize_columns",

@@ -25,6 +25,11 @@ def kernel():
     return pytest.importorskip("lowprec_kernels.quantize_rows.triton_kernel")
 
 
+@pytest.fixture
+def fold_kernel():
+    return pytest.importorskip("lowprec_kernels.quantize_rows.fold_kernel")
+
+
 @settings(max_examples=200)
 @given(st.lists(st.floats(width=32, allow_nan=False, allow_infinity=False), min_size=16, max_size=16), st.booleans())
 def test_reference_saturates_and_stays_within_half_a_step(values, power_of_two):
@@ -117,6 +122,24 @@ def test_powers_of_two_fold_exactly_where_nothing_underflows(kernel):
     for transpose in (reference.transpose_codes, kernel.transpose_codes):
         folded = transpose(codes, factor)
         assert torch.equal(folded.float(), (codes.float() * factor[:, None]).t())
+
+
+@pytest.mark.parametrize("rows", [1, 40, 4096, 5000])
+@pytest.mark.parametrize("partner", [False, True])
+@pytest.mark.parametrize("special", [None, float("nan"), float("inf")])
+def test_scales_fold_to_the_same_bits(fold_kernel, rows, partner, special):
+    scale, other = (torch.exp2(normal(rows, 16)[:, 0].float()) for _ in range(2))
+    if special is not None:
+        scale[rows // 2] = special
+    other = other if partner else None
+    for found, expected in zip(
+        fold_kernel.fold_scales(scale, other, 3), reference.fold_scales(scale, other, 3), strict=True
+    ):
+        assert torch.equal(found.nan_to_num(7), expected.nan_to_num(7))
+    if special is None:
+        factor, largest = reference.fold_scales(scale, other)
+        assert factor.max() == 1 and largest.shape == (1,)
+        torch.testing.assert_close(factor * largest, scale if other is None else scale * other)
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

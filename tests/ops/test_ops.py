@@ -16,7 +16,7 @@ from lowprec.testing import sqnr_db
 
 MODULES = {
     name: sys.modules[f"lowprec.ops.{name}"]
-    for name in ("quantize_columns", "quantize_rows", "rotate", "scaled_matmul", "transpose_codes")
+    for name in ("fold_scales", "quantize_columns", "quantize_rows", "rotate", "scaled_matmul", "transpose_codes")
 }
 
 
@@ -36,6 +36,8 @@ def calls(device: str = "cpu"):
         low = (x[:, :8].bfloat16(), x[:, 8:16])
         yield ops.scaled_matmul, (codes, scale, codes, scale, None, torch.bfloat16, True, *low)
     yield ops.transpose_codes, (ops.quantize_rows(x, 1, FP8)[0], torch.ones(40, device=device))
+    yield ops.fold_scales, (torch.rand(40, device=device),)
+    yield ops.fold_scales, (torch.rand(40, device=device), torch.rand(40, device=device), 64)
     yield ops.rotate, (x, 16)
     yield ops.rotate, (x, 8, 0)
 

@@ -96,6 +96,17 @@ def transpose_codes(codes: torch.Tensor, factor: torch.Tensor | None = None) -> 
     return torch.nn.functional.pad(out.view(torch.int8), padding).t().contiguous().view(codes.dtype)
 
 
+def fold_scales(
+    scale: torch.Tensor, partner: torch.Tensor | None = None, copies: int = 1
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """What becomes of scales ``[rows]`` of rows that a product sums over, times those of the other operand's same rows
+    (``partner``): a factor for each row's codes, at most 1, and the largest, which scales the product, ``copies`` times
+    (1 where there are no rows)."""
+    product = scale if partner is None else scale * partner
+    largest = product.amax() if product.numel() else product.new_ones(())
+    return product / largest, largest.expand(copies).contiguous()
+
+
 def requantize_columns(
     codes: torch.Tensor, scale: torch.Tensor, in_block: int, row_block: int, column_scale: torch.Tensor
 ) -> torch.Tensor:
