@@ -2,14 +2,13 @@
 codes."""
 
 import warnings
-from typing import NoReturn
 
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.distributed.tensor import DTensor
 
-from lowprec.errors import UserError
+from lowprec.layers.decoded_weight import DecodedWeight
 from lowprec.layers.eight_bit import (
     Codes,
     FrozenProduct,
@@ -112,36 +111,6 @@ class TrainedEightBitLinear(_EightBitLinear):
         return self.weight
 
 
-class DecodedWeight(torch.Tensor):
-    """A frozen weight decoded from its codes: a copy, which refuses to be written to, since that would be lost."""
-
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
-
-    @property
-    def data(self) -> "DecodedWeight":  # type: ignore[override]
-        return self
-
-    @data.setter
-    def data(self, value: torch.Tensor) -> None:
-        self._refuse()
-
-    def __iadd__(self, other: object) -> NoReturn:  # type: ignore[misc,override]
-        self._refuse()
-
-    __isub__ = __imul__ = __itruediv__ = __iadd__  # type: ignore[assignment]
-
-    def add_(self, *args: object, **kwargs: object) -> NoReturn:  # type: ignore[override]
-        self._refuse()
-
-    sub_ = mul_ = copy_ = add_  # type: ignore[assignment]
-
-    def _refuse(self) -> NoReturn:
-        raise UserError(
-            "this weight is stored as 8-bit codes and cannot be written to. To merge an adapter, use `lowprec merge`, "
-            "which reads the original 16-bit files; to train the weight itself, wrap the model with frozen=False."
-        )
-
-
 class FrozenEightBitLinear(_EightBitLinear):
     """A linear layer whose weight is stored as 8-bit codes alone; the products of forward and input gradient run in 8
     bits.
@@ -194,13 +163,14 @@ class FrozenEightBitLinear(_EightBitLinear):
 
     @property
     def weight(self) -> torch.Tensor:  # type: ignore[override]
-        """The decoded weight, made anew at each reading; where FSDP2 has sharded the codes, its shard of them."""
+        """The decoded weight, anew for each reading; where FSDP2 has sharded the codes, its shard of them."""
         stored = self._parameters["weight"]
         if isinstance(stored, DTensor):
             return stored
-        weight = self.dequantized_weight()
-        # A tensor without data (lowprec.plan) has a class already.
-        return weight if isinstance(weight, FakeTensor) else weight.as_subclass(DecodedWeight)
+        if isinstance(stored, FakeTensor):  # of a plan: one has no numbers, and a class already
+            return self.dequantized_weight()
+        shape = (self.out_features, self.in_features)
+        return DecodedWeight(self.dequantized_weight, shape, self.compute_dtype, self.stored.device)
 
     @torch.no_grad()
     def dequantized_weight(self) -> torch.Tensor:

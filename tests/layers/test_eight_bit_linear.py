@@ -6,14 +6,17 @@ import warnings
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from torch import nn
 
 from lowprec.errors import UserError
 from lowprec.layers import eight_bit_linear
 from lowprec.layers.eight_bit import frozen_transposed_weight
+from lowprec.layers.eight_bit_linear import FrozenEightBitLinear
 from lowprec.layers.eight_bit_schemes import Fp8, Fp8Hadamard, Int8Hadamard
 from lowprec.layers.products import Product, WeightGradient
-from lowprec.testing import sqnr_db
+from lowprec.prepare import wrap
+from lowprec.testing import sqnr_db, tiny_model
 
 SCHEMES = (Fp8, Fp8Hadamard, Int8Hadamard)
 
@@ -234,7 +237,26 @@ def test_a_decoded_weight_refuses_to_be_written_to():
         layer.weight.data = torch.zeros(32, 64)
     with pytest.raises(UserError, match="lowprec merge"):
         layer.weight.add_(1)
+    with pytest.raises(UserError, match="lowprec merge"):
+        torch.ones(32, 64, out=layer.weight)
     assert type(layer.weight + 1) is torch.Tensor
+    copied = torch.zeros(32, 64).copy_(layer.weight)
+    assert torch.equal(copied, layer.dequantized_weight().float())
+
+
+def test_a_weight_is_decoded_when_its_numbers_are_needed(monkeypatch):
+    layer, decoded = Fp8().convert(linear().float().requires_grad_(False), True), []
+    whole = FrozenEightBitLinear.dequantized_weight
+    monkeypatch.setattr(FrozenEightBitLinear, "dequantized_weight", lambda self: decoded.append(self) or whole(self))
+    weight = layer.weight
+    assert (weight.shape, weight.dtype, weight.device.type) == ((32, 64), torch.float32, "cpu") and not decoded
+    assert torch.equal(weight.t().contiguous(), torch.tensor(weight.numpy().T)) and repr(weight).startswith("tensor(")
+    assert decoded == [layer]
+    model = tiny_model("llama")
+    wrap(model, "fp8", frozen=True)
+    decoded.clear()
+    get_peft_model(model, LoraConfig(target_modules="all-linear"))
+    assert not decoded
 
 
 def test_a_weight_frozen_after_the_conversion_warns_and_names_the_argument():
