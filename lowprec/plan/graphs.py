@@ -8,10 +8,16 @@ layer's input and gradient, and cuBLAS has its workspaces for one more stream.
 from collections.abc import Sequence
 from dataclasses import replace
 
+from lowprec.config import Recipe
 from lowprec.plan.allocator import CachingAllocator, rounded
 from lowprec.plan.ledger import Peak, peak_of
 from lowprec.plan.tape import Event
 from lowprec.plan.tracker import BACKWARD, FORWARD
+
+
+def in_graphs(recipe: Recipe) -> bool:
+    """Whether layers are replayed. ``lowprec.activations.why_no_graphs`` says what else there is against them."""
+    return recipe.train.cuda_graphs and recipe.train.gradient_checkpointing != "selective"
 
 
 def with_graphs(

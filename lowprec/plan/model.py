@@ -10,6 +10,7 @@ from lowprec.layers.report import WrapReport
 from lowprec.machine import Machine
 from lowprec.plan.activations import keep_activations_like
 from lowprec.plan.follow import find_layers
+from lowprec.plan.graphs import in_graphs
 from lowprec.plan.liger_like import put_liger_like
 from lowprec.plan.schemes import without_data
 from lowprec.prepare import wrap
@@ -60,6 +61,7 @@ def build_model(recipe: Recipe, config: Any, machine: Machine) -> tuple[Any, Wra
             rules={pattern: without_data(s, machine) for pattern, s in recipe.wrap.schemes(recipe.weights).items()},
             frozen=recipe.choice("adapter") != "none",
             use_liger_kernel=False,
+            in_graphs=in_graphs(recipe),
         )
     if recipe.train.use_liger_kernel and (machine.capability or (0, 0)) >= (8, 0):
         put_liger_like(model, machine.sm_count)

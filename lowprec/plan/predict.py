@@ -15,7 +15,7 @@ from lowprec.model import AUTO, Model, load_config
 from lowprec.model_source import ModelSource, resolve_source
 from lowprec.plan.allocator import CachingAllocator
 from lowprec.plan.follow import CUBLAS_HANDLES, cublas_workspace
-from lowprec.plan.graphs import with_graphs
+from lowprec.plan.graphs import in_graphs, with_graphs
 from lowprec.plan.ledger import Peak, peak_of
 from lowprec.plan.model import has_like_layers, with_layers
 from lowprec.plan.states import States, Trained, states_of
@@ -177,7 +177,7 @@ class Planner:
 
     def _memory(self, recipe: Recipe, events: list[Event], tokens: int) -> tuple[Peak, int]:
         expandable = sys.platform == "linux"  # lowprec switches them on, which PyTorch has there alone
-        if not _in_graphs(recipe) or not tokens:
+        if not in_graphs(recipe) or not tokens:
             return peak_of(events), CachingAllocator(expandable=expandable).replay(events)
         return with_graphs(
             events,
@@ -203,7 +203,7 @@ class Planner:
                 update_bytes=3 * weights + 2 * sum(nbytes for _, nbytes in states.device),
                 in_backward=updates_in_backward(recipe),
                 offloaded_bytes=found.offloaded_bytes * self._depth / traced.num_layers,
-                in_graphs=_in_graphs(recipe),
+                in_graphs=in_graphs(recipe),
             )
             tokens = rows * length * accumulated / time.total_ms * 1e3
             joules = None if self.machine.power_w is None else self.machine.power_w * time.total_ms / 1e3
@@ -223,11 +223,6 @@ class Planner:
             energy_j=joules,
             schemes={name: _stretched_count(count, scale, traced.num_layers) for name, count in counts.items()},
         )
-
-
-def _in_graphs(recipe: Recipe) -> bool:
-    """``lowprec.activations.why_no_graphs`` says what else there is against them."""
-    return recipe.train.cuda_graphs and recipe.train.gradient_checkpointing != "selective"
 
 
 def _stretched_count(count: int, scale: float, num_layers: int) -> int:

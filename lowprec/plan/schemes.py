@@ -1,7 +1,7 @@
 """Schemes over tensors without data: bitsandbytes packs only what it can read, and ``auto`` times what it compares."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, fields, replace
-from functools import partial
 from typing import Any
 
 import torch
@@ -11,16 +11,40 @@ from torch._subclasses.fake_tensor import unset_fake_temporarily
 from lowprec.layers.auto import Auto
 from lowprec.layers.decode_buffer import decode_buffer
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Int8Hadamard
-from lowprec.layers.nf4 import NF4, PRODUCTS
+from lowprec.layers.nf4 import AUTO, NF4, PRODUCTS
 from lowprec.machine import Machine
 
+PREDICTED = "predicted to be the fastest"
+TYPICAL_DB = {"fp8": 28.0, "int8": 37.0}
+"""Signal to noise of a layer's output or gradient, whichever is worse, as ``lowprec doctor`` finds it on an H100: e4m3,
+and rotated int8."""
+LAUNCHES = {(False, True): 4, (True, True): 6, (False, False): 3, (True, False): 12}
+"""(8 bits, frozen) -> kernels of a layer's forward and gradients."""
 NESTED_BLOCK = 256
 """Scales that share a second scale (bitsandbytes' ``QuantState``, blocksize of ``state2``)."""
 
 
 @dataclass(kw_only=True, slots=True)
 class NF4WithoutData(NF4):
-    """``weights=nf4``, with the packed weight's shapes put where bitsandbytes would have packed it."""
+    """``weights=nf4``, with the packed weight's shapes put where bitsandbytes would have packed it, and ``product=auto``
+    by predicted times."""
+
+    machine: Any = None
+
+    def choose(
+        self, model: nn.Module, linears: dict, calibration: Any, device: Any = None, in_graphs: bool = False
+    ) -> dict:
+        if self.product != AUTO:
+            return dict.fromkeys(linears, (self, ""))
+        return {name: (self._fastest(linear, in_graphs), PREDICTED) for name, (linear, _) in linears.items()}
+
+    def _fastest(self, linear: nn.Linear, in_graphs: bool) -> "NF4WithoutData":
+        kinds = [*_choices(self.machine, self.min_sqnr_db, lambda kind: self._why_no_product(linear, kind) is None)]
+        times = {kind: _layer_ms(self.machine, kind, linear, self.tokens, True, in_graphs) for kind in kinds}
+        for kind in kinds:  # and decoded for either product: half a byte and its scales read, an operand written
+            nbytes = (0.52 + (2 if kind == "bf16" else 1)) * linear.out_features * linear.in_features
+            times[kind] += 2 * self.machine.traffic_ms(int(nbytes))
+        return replace(self, product=min(kinds, key=lambda kind: times[kind]))
 
     def convert(self, linear: nn.Linear, frozen: bool) -> nn.Linear:
         if getattr(linear.weight, "quant_state", None) is None:
@@ -58,41 +82,52 @@ class NF4WithoutData(NF4):
 
 @dataclass(kw_only=True, slots=True)
 class AutoWithoutData(Auto):
-    """``weights=auto``, by predicted times and without a bound on the noise."""
+    """``weights=auto``, by predicted times."""
 
     machine: Any = None
 
     def choose(
-        self, model: nn.Module, linears: dict, calibration: Any, device: Any = None, in_graphs: Any = None
+        self, model: nn.Module, linears: dict, calibration: Any, device: Any = None, in_graphs: bool = False
     ) -> dict:
-        return {name: (self._fastest(*entry), "predicted to be the fastest") for name, entry in linears.items()}
+        return {
+            name: (self._fastest(linear, frozen, in_graphs), PREDICTED) for name, (linear, frozen) in linears.items()
+        }
 
-    def _fastest(self, linear: nn.Linear, frozen: bool) -> EightBit | None:
-        capability, rates = self.machine.capability or (0, 0), self.machine.tflops
-        found: list[tuple[float, EightBit | None]] = [(self._ms("bf16", linear, frozen), None)]
-        for scheme, kind, needed in ((Fp8, "fp8", (8, 9)), (Int8Hadamard, "int8", (8, 0))):
-            one = scheme(cache=self.cache, layout=self.layout)
-            if kind in rates and capability >= needed and one.why_not(linear, frozen) is None:
-                found.append((self._ms(kind, linear, frozen), one))
-        return min(found, key=lambda entry: entry[0])[1]
+    def _fastest(self, linear: nn.Linear, frozen: bool, in_graphs: bool) -> EightBit | None:
+        schemes = {"fp8": Fp8, "int8": Int8Hadamard}
+        candidates = {kind: scheme(cache=self.cache, layout=self.layout) for kind, scheme in schemes.items()}
+        kinds = _choices(self.machine, self.min_sqnr_db, lambda kind: candidates[kind].why_not(linear, frozen) is None)
+        best = min(kinds, key=lambda kind: _layer_ms(self.machine, kind, linear, self.tokens, frozen, in_graphs))
+        return candidates.get(best)
 
-    def _ms(self, kind: str, linear: nn.Linear, frozen: bool) -> float:
-        """Forward and gradients at ``tokens`` tokens; 8-bit operands are read in 16 bits and written in 8 first."""
-        tokens, out, into = self.tokens, linear.out_features, linear.in_features
-        shapes = [(tokens, out, into), (tokens, into, out), *([] if frozen else [(out, into, tokens)])]
-        total = sum(self.machine.product_ms(kind, *shape) for shape in shapes)
-        if kind in ("fp8", "int8"):
-            casts = [tokens * into, tokens * out] + ([] if frozen else [out * into, tokens * (into + out)])
-            total += sum(self.machine.traffic_ms(3 * numel) for numel in casts)
-        return total
+
+def _choices(machine: Machine, min_sqnr_db: float, can: Callable[[str], bool]) -> Iterator[str]:
+    """What schemes that measure compare: bf16, and the 8-bit products that the card has, within the bound on noise."""
+    yield "bf16"
+    for kind, needed in (("fp8", (8, 9)), ("int8", (8, 0))):
+        has_units = kind in machine.tflops and (machine.capability or (0, 0)) >= needed
+        if has_units and TYPICAL_DB[kind] >= min_sqnr_db and can(kind):
+            yield kind
+
+
+def _layer_ms(machine: Machine, kind: str, linear: nn.Linear, tokens: int, frozen: bool, in_graphs: bool) -> float:
+    """Forward and gradients of a layer at ``tokens`` tokens; 8-bit operands are read in 16 bits and written in 8 first.
+    One that is not replayed takes no less than the host's launches."""
+    out, into, coded = linear.out_features, linear.in_features, kind != "bf16"
+    shapes = [(tokens, out, into), (tokens, into, out), *([] if frozen else [(out, into, tokens)])]
+    total = sum(machine.product_ms(kind, *shape) for shape in shapes)
+    if coded:
+        casts = [tokens * into, tokens * out] + ([] if frozen else [out * into, tokens * (into + out)])
+        total += sum(machine.traffic_ms(3 * numel) for numel in casts)
+    return total if in_graphs else max(total, LAUNCHES[coded, frozen] * machine.host_us / 1e3)
 
 
 def without_data(weights: Any, machine: Machine) -> Any:
     """The scheme, or its stand-in where it needs the numbers themselves."""
-    stand_ins: dict[type, Any] = {NF4: NF4WithoutData, Auto: partial(AutoWithoutData, machine=machine)}
-    if type(weights) not in stand_ins:
+    stand_in: Any = {NF4: NF4WithoutData, Auto: AutoWithoutData}.get(type(weights))
+    if stand_in is None:
         return weights
-    return stand_ins[type(weights)](**{field.name: getattr(weights, field.name) for field in fields(weights)})
+    return stand_in(machine=machine, **{field.name: getattr(weights, field.name) for field in fields(weights)})
 
 
 def lend_once(model: nn.Module) -> torch.Tensor | None:

@@ -12,11 +12,13 @@ import lowprec
 from lowprec.cli import EXIT_DOES_NOT_FIT, main
 from lowprec.config import resolve
 from lowprec.errors import UserError
+from lowprec.layers.nf4 import NF4
 from lowprec.machine import named_card
 from lowprec.optim import AdamW
 from lowprec.plan import Planner, fitting_policy, predict
 from lowprec.plan.predict import GIB, PARTS, parse_gib
 from lowprec.plan.run import with_checkpointing
+from lowprec.plan.schemes import without_data
 from lowprec.plan.search import last_that_fits
 from lowprec.plan.states import Trained, states_of
 from lowprec.plan.step import TracedRecipe
@@ -156,6 +158,21 @@ def test_schemes_that_measure_are_predicted(folder):
     answer = planned(folder, "lora", "weights=auto").to_dict()
     assert sum(answer["layers"].values()) == 7 * 7 + 1
     assert any("chooses by predicted times" in note for note in answer["notes"])
+
+
+def test_nf4_products_are_chosen_by_predicted_times_and_noise():
+    linear = torch.nn.Linear(4096, 14336, device="meta")
+
+    def chosen(host_us=10.0, in_graphs=False, **options):
+        scheme = without_data(NF4(**options), replace(named_card("H100"), host_us=host_us))
+        ((found, why),) = scheme.choose(None, {"up": (linear, True)}, None, None, in_graphs).values()
+        return found.product
+
+    assert chosen() == "int8", "e4m3 is under the bound of 30 dB"
+    assert chosen(min_sqnr_db=20.0) == "fp8"
+    assert chosen(min_sqnr_db=40.0) == "bf16" == chosen(product="bf16")
+    assert chosen(host_us=1000.0) == "bf16", "fewer launches"
+    assert chosen(host_us=1000.0, in_graphs=True) == "int8"
 
 
 def test_the_command_answers_in_json_and_by_its_exit_code(too_large, capsys, monkeypatch):
