@@ -26,8 +26,8 @@ NESTED_BLOCK = 256
 
 @dataclass(kw_only=True, slots=True)
 class NF4WithoutData(NF4):
-    """``weights=nf4``, with the packed weight's shapes put where bitsandbytes would have packed it, and ``product=auto``
-    by predicted times."""
+    """``weights=nf4``, with the packed weight's shapes put where bitsandbytes would have packed it; ``product=auto`` by
+    predicted times."""
 
     machine: Any = None
 
