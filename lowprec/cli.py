@@ -3,7 +3,6 @@
 import argparse
 import gc
 import json
-import logging
 import os
 import sys
 import warnings
@@ -14,7 +13,7 @@ from typing import NoReturn
 from rich.console import Console
 
 from lowprec.allocator import use_expandable_segments
-from lowprec.display import make_console
+from lowprec.display import make_console, quiet_bitsandbytes
 from lowprec.errors import UserError
 
 _TRAIN_HELP = """
@@ -63,6 +62,10 @@ examples:
   lowprec profile --compare profiles/lora profiles/qlora_nf4
   lowprec profile --study consumer_gpu --output studies/mine        goes on where it stopped
   lowprec profile --study consumer_gpu --reduced
+  lowprec profile --study consumer_gpu --shape tiny --reduced       minutes without a GPU, to see it work
+
+A recipe's figures go to profile.output_dir (profiles/<recipe>). Running out of memory is a result, with exit code 0.
+exit codes: 0 profiled, 1 an error, 2 wrong usage, 130 stopped by Ctrl-C
 """
 _BENCH_HELP = """
 examples:
@@ -88,6 +91,7 @@ examples:
 
 
 EXIT_DOES_NOT_FIT = 3
+_STUDY_SHAPE = "qwen2.5-1.5b"
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -102,8 +106,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
         options.overrides += rest
     if not sys.stderr.isatty():
         os.environ.setdefault("TQDM_DISABLE", "1")  # other libraries' bars would fill a log file
-    # On processors with bf16 units bitsandbytes warns that it did not download a kernel, which nothing here calls.
-    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
+    quiet_bitsandbytes()
     use_expandable_segments()
     try:
         return options.run(options)
@@ -113,7 +116,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         Console(stderr=True, soft_wrap=True).print(f"[bold red]lowprec:[/] {_escape(str(error))}", highlight=False)
         return 1
     except KeyboardInterrupt:
-        Console(stderr=True).print("lowprec: stopped at once; nothing was saved since the last checkpoint.")
+        lost = "; nothing was saved since the last checkpoint" if options.run is _train else ""
+        Console(stderr=True).print(f"lowprec: stopped at once{lost}.")
         return 130
 
 
@@ -165,7 +169,7 @@ def _parser() -> argparse.ArgumentParser:
     profile.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two profiles side by side, folders or files")
     profile.add_argument("--study", choices=["consumer_gpu"], help="run a study of many cells")
     profile.add_argument("--reduced", action="store_true", help="the part of the study that ends in minutes (--study)")
-    profile.add_argument("--shape", default="qwen2.5-1.5b", help="qwen2.5-1.5b, or tiny to try it out (--study)")
+    profile.add_argument("--shape", default=_STUDY_SHAPE, help="qwen2.5-1.5b, or tiny to try it out (--study)")
     profile.add_argument("--output", metavar="PATH", help="the study's folder; where the comparison's page goes")
 
     recipes = verb("recipes", _recipes, "List, show or copy recipes.", _RECIPES_HELP)
@@ -239,6 +243,12 @@ def _profile(options: argparse.Namespace) -> int:
     chosen = [name for name in ("recipe", "compare", "study") if getattr(options, name)]
     if len(chosen) != 1:
         raise UserError("lowprec profile takes one of: a recipe, --compare A B, or --study consumer_gpu.")
+    if options.recipe and options.output:
+        raise UserError(
+            f"--output is of --compare and --study; for a recipe write profile.output_dir={options.output}."
+        )
+    if not options.study and (options.reduced or options.shape != _STUDY_SHAPE):
+        raise UserError("--reduced and --shape choose what --study consumer_gpu measures, and nothing else.")
     console = make_console()
     _quiet_libraries(console)
     if options.compare:

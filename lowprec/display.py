@@ -1,5 +1,6 @@
 """What the user sees while a run goes on: a live bar on a terminal, plain lines in a log file."""
 
+import logging
 import os
 import time
 from types import TracebackType
@@ -18,6 +19,11 @@ def make_console() -> Console:
     if not console.is_terminal and "COLUMNS" not in os.environ:
         console.width = _LOG_WIDTH
     return console
+
+
+def quiet_bitsandbytes() -> None:
+    """On processors with bf16 units it warns that it did not download a kernel, which nothing here calls."""
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class Display:

@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from lowprec import __version__
+from lowprec.machine.profile import processor
 from lowprec.profiling.phases import PHASES
 
 GIB = 2**30
@@ -47,7 +48,7 @@ def hardware() -> dict[str, Any]:
     """The machine: processor, cores, memory in GiB, and every CUDA device."""
     devices = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
     return {
-        "cpu": platform.processor() or platform.machine(),
+        "cpu": processor(),
         "cores": len(os.sched_getaffinity(0)),
         "ram_gib": round(psutil.virtual_memory().total / GIB, 1),
         "gpus": [

@@ -72,6 +72,17 @@ def test_mistakes_are_one_paragraph_without_a_traceback(arguments, named, capsys
     assert printed.startswith("lowprec:") and printed.strip().count("\n") == 0
 
 
+@pytest.mark.parametrize(("verb", "told"), [("train", "since the last checkpoint"), ("plan", "stopped at once.")])
+def test_ctrl_c_speaks_of_checkpoints_where_there_are_some(verb, told, capsys, monkeypatch):
+    def interrupted(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr("lowprec.config.resolve", interrupted)
+    monkeypatch.setattr("lowprec.plan.plan", interrupted)
+    assert main([verb, "quickstart"]) == 130
+    assert told in capsys.readouterr().err
+
+
 def test_debug_shows_the_traceback():
     with pytest.raises(lowprec.errors.UserError):
         main(["train", "nothing", "--debug"])

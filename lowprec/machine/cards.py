@@ -78,7 +78,8 @@ NAMED_CARDS = {
 def named_card(name: str) -> Machine:
     """The machine with that card, as far as a datasheet tells: ``named_card("RTX 4060")``.
 
-    ``GeForce``, ``NVIDIA``, case and spaces do not matter. Link and disk are those of a typical machine (``assumed``).
+    ``NVIDIA``, ``GeForce``, ``RTX``, case and spaces do not matter. Link and disk are those of a typical machine
+    (``assumed``).
 
     Raises:
         UserError: a card that is not in the table.
@@ -120,4 +121,7 @@ def named_card(name: str) -> Machine:
 
 
 def _plain(name: str) -> str:
-    return name.lower().replace("nvidia", "").replace("geforce", "").replace(" ", "").replace("-", "")
+    plain = name.lower()
+    for part in ("nvidia", "geforce", "rtx", " ", "-"):
+        plain = plain.replace(part, "")
+    return plain

@@ -157,7 +157,8 @@ class Plan:
         tbw, written = getattr(self.recipe.state_store, "drive_tbw", None), self.prediction.states.step_written
         if tbw is None:
             return " (state_store.drive_tbw=... tells what that wears off the drive)"
-        return f", {written / (tbw * 1e12):.2%} of the drive's {tbw:g} TBW a step: {tbw * 1e12 / written:,.0f} steps"
+        steps = tbw * 1e12 / written
+        return f", {written / GIB:.2f} GiB of it written: the drive's {tbw:g} TBW last {steps:,.0f} such steps"
 
 
 _COLOURS = {

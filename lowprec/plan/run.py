@@ -106,8 +106,8 @@ def find_machine(gpu: str | None) -> tuple[Machine | None, list[str]]:
         if known is not None:
             return named_card(known), [f"Rates are those of the {known}'s datasheet; {remedy}."]
     return None, [
-        f'No GPU is known here, so there are no times: name a card with --gpu "RTX 4060" (or '
-        f"{', '.join(list(NAMED_CARDS)[1:])}). On a machine with a GPU, {remedy}."
+        f'No GPU is known here, so there are no times: name a card, as --gpu "RTX 4060" (there are '
+        f"{', '.join(NAMED_CARDS)}). On a machine with a GPU, {remedy}."
     ]
 
 

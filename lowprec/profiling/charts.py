@@ -1,5 +1,7 @@
 """Plots as inline SVG: no script, no external resource, colours by CSS variables that follow the reader's theme."""
 
+import math
+import statistics
 from collections.abc import Mapping, Sequence
 from html import escape
 
@@ -49,7 +51,7 @@ def columns(values: Sequence[float], unit: str, title: str, height: int = 110) -
     top = max(values) * 1.08
     each = WIDTH / len(values)
     gap = min(2.0, each / 4)
-    median = sorted(values)[len(values) // 2]
+    median = statistics.median(values)
     shapes = [
         f'<rect x="{i * each:.2f}" y="{height * (1 - v / top):.2f}" width="{each - gap:.2f}" '
         f'height="{height * v / top:.2f}" rx="2" fill="var(--c1)"><title>step {i + 1}: {v:,.2f} {unit}</title></rect>'
@@ -63,7 +65,7 @@ def columns(values: Sequence[float], unit: str, title: str, height: int = 110) -
 def areas(
     series: Mapping[str, Sequence[float]], phases: Sequence[str], unit: str, title: str, height: int = 250
 ) -> str:
-    """Stacked areas over the operators of a step, the phases named below, the top of the scale named above.
+    """Stacked areas over the operators of a step, the phases named below.
 
     Args:
         series: name -> a value at each point.
@@ -73,15 +75,16 @@ def areas(
     if count < 2:
         return ""
     names = [name for name, values in series.items() if any(values)]
-    top = max(sum(series[name][i] for name in names) for i in range(count)) or 1.0
+    marks = scale(max(sum(series[name][i] for name in names) for i in range(count)))
+    top = marks[-1]
     left, bottom = 52, height - 24
     step = (WIDTH - left) / (count - 1)
     below = [0.0] * count
     shapes = []
-    for share in (0, 0.25, 0.5, 0.75, 1):
-        y = bottom - share * (bottom - 8)
+    for mark in marks:
+        y = bottom - mark / top * (bottom - 8)
         shapes.append(f'<line x1="{left}" x2="{WIDTH}" y1="{y:.1f}" y2="{y:.1f}" class="grid"/>')
-        shapes.append(f'<text x="{left - 6}" y="{y + 4:.1f}" class="axis end">{_short(top * share)}</text>')
+        shapes.append(f'<text x="{left - 6}" y="{y + 4:.1f}" class="axis end">{mark:g}</text>')
     for name in names:
         above = [low + value for low, value in zip(below, series[name], strict=True)]
 
@@ -102,10 +105,19 @@ def areas(
             if end - x > 7 * len(phases[begin]) and phases[begin]:
                 middle = (x + end) / 2
                 shapes.append(
-                    f'<text x="{middle:.1f}" y="{height - 7}" class="axis mid">{escape(phases[begin])}</text>'
+                    f'<text x="{middle:.1f}" y="{bottom + 6}" class="axis mid phase">{escape(phases[begin])}</text>'
                 )
             begin = i
     return _svg(height, title, shapes)
+
+
+def scale(most: float) -> list[float]:
+    """Four to six round numbers from 0 to ``most`` or just above."""
+    if most <= 0:
+        return [0.0, 1.0]
+    power = 10 ** math.floor(math.log10(most / 4))
+    step = next(factor * power for factor in (1, 2, 2.5, 5, 10) if most <= 5 * factor * power)
+    return [round(i * step, 12) for i in range(math.ceil(most / step - 1e-9) + 1)]
 
 
 def _svg(height: int, title: str, shapes: Sequence[str]) -> str:

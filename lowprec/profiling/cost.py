@@ -3,6 +3,7 @@
 python -m lowprec.profiling.cost lora model.model_name_or_path=... data.path=... [key=value ...]
 """
 
+import argparse
 import statistics
 import sys
 import tempfile
@@ -13,6 +14,7 @@ from rich.console import Console
 
 from lowprec.config import resolve
 from lowprec.data import StepBatch
+from lowprec.errors import UserError
 from lowprec.optim import AdamW
 from lowprec.profiling.probe import Probes
 from lowprec.run_folder import RunFolder
@@ -73,9 +75,21 @@ def _seconds(run: Run, batch: StepBatch, probes: Probes) -> float:
     return scalars.end.seconds_since(begin)
 
 
-if __name__ == "__main__":
-    found = probe_cost(sys.argv[1], sys.argv[2:])
+def main() -> None:
+    """The command of the top of this file."""
+    parser = argparse.ArgumentParser(prog="python -m lowprec.profiling.cost", description=__doc__)
+    parser.add_argument("recipe", help="a shipped recipe, or the path of a YAML file")
+    parser.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+    options = parser.parse_args()
+    try:
+        found = probe_cost(options.recipe, options.overrides)
+    except UserError as error:
+        sys.exit(f"lowprec: {error}")
     print(
         f"a step takes {found['step_ms']:.2f} ms; with the probes {100 * found['cost_share']:+.2f} % "
         f"(+- {100 * found['spread']:.2f}); the host spends {100 * found['host_share']:.3f} % of it in them"
     )
+
+
+if __name__ == "__main__":
+    main()

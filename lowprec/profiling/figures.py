@@ -1,6 +1,7 @@
 """From what a session has seen to the figures of ``profile.json``. Every field is described in docs/profile.md."""
 
 import statistics
+import time
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -30,6 +31,7 @@ def figures(session: "Session") -> dict[str, Any]:
         "status": status,
         "warmup_steps": session.warmup_steps,
         "steps": len(rows),
+        "date": time.strftime("%Y-%m-%d %H:%M"),
         "device": str(session.device),
         **_speed(rows),
         **_memory(session),
@@ -37,15 +39,36 @@ def figures(session: "Session") -> dict[str, Any]:
         "power": _power(session, rows),
         "kernels": session.kernels.to_dict() if session.kernels is not None else None,
         "probe_cost_share": None,
-        "notes": [],
+        "notes": _notes(session, status),
         "versions": versions(),
         "hardware": hardware(),
     }
     if rows:
         found["probe_cost_share"] = session.probe_host_s / (sum(row["step_time_ms"] for row in rows) / 1000)
         if session.flops is not None:
-            found["mfu"] = utilisation(session.flops.counts, found["step_time_ms_p50"] / 1000, session.device)
+            found["mfu"] = utilisation(session.flops.counts, _time_of_followed(session, found), session.device)
     return found
+
+
+def _notes(session: "Session", status: str) -> list[str]:
+    notes = []
+    if status == INCOMPLETE:
+        notes.append(
+            f"The loop ended after {session.num_steps} of {session.num_steps_wanted} steps, which a whole profile "
+            "takes: what the others would have shown is missing."
+        )
+    if session.kernels is not None and session.kernels.on_device and not session.kernels.total_ms:
+        notes.append(
+            "No kernel was seen: the driver lets none be traced here (containers, WSL, or performance counters for "
+            "administrators alone)."
+        )
+    return notes
+
+
+def _time_of_followed(session: "Session", found: dict[str, Any]) -> float:
+    """Seconds that the step whose products were counted takes at the measured speed: batches differ in length."""
+    rate, tokens = found.get("padded_tokens_per_second"), session.followed_tokens
+    return tokens / rate if rate and tokens else found["step_time_ms_p50"] / 1000
 
 
 def _speed(rows: list[dict[str, float]]) -> dict[str, Any]:
@@ -123,12 +146,14 @@ def _power(session: "Session", rows: list[dict[str, float]]) -> dict[str, Any]:
     seconds = sum(row["step_time_ms"] for row in rows) / 1000
     tokens = sum(row["trained_tokens"] for row in rows)
     everything = sum(row["tokens"] for row in rows)
-    cost = footprint(sum(joules), seconds / 3600 if session.device.type == "cuda" else 0.0)
+    hours = seconds / 3600 if session.device.type == "cuda" else 0.0
+    cost = footprint(sum(joules), hours, session.grid_g_co2e_per_kwh)
     return found | {
         "energy_j": sum(joules),
         "power_w": sum(joules) / seconds,
         "energy_j_per_token": sum(joules) / tokens if tokens else None,
         "energy_j_per_any_token": sum(joules) / everything if everything else None,
+        "grid_g_co2e_per_kwh": cost.grid_g_co2e_per_kwh,
         "co2e_g_per_million_tokens": cost.co2e_g / tokens * 1e6 if tokens and cost.co2e_g is not None else None,
     }
 

@@ -28,14 +28,27 @@ def check_free(folder: Path) -> None:
         raise UserError(f"{folder} is not empty. Choose another folder for the profile (profile.output_dir).")
 
 
+def made_folder(folder: Path) -> Path:
+    """``folder``, made where it is not there.
+
+    Raises:
+        UserError: it cannot be made.
+    """
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise UserError(f"The folder {folder} cannot be made: {error.strerror}. Choose another.") from error
+    return folder
+
+
 def write(figures: dict[str, Any], folder: Path, files: Sequence[Path] = ()) -> Path:
     """Write the figures and their page, and copy ``files`` beside them.
 
     Raises:
-        UserError: the folder is not empty.
+        UserError: the folder is not empty, or cannot be made.
     """
     check_free(folder)
-    folder.mkdir(parents=True, exist_ok=True)
+    made_folder(folder)
     for file in files:
         shutil.copy(file, folder / file.name)
     figures = figures | {"files": [JSON, *(file.name for file in files)]}
@@ -75,5 +88,14 @@ def read_two(one: str, other: str) -> tuple[dict[str, Any], dict[str, Any]]:
 
 
 def write_comparison(first: dict[str, Any], second: dict[str, Any], target: Path) -> Path:
-    target.write_text(comparison(first, second), encoding="utf-8")
+    """Write the page of two profiles, in its folder; returns ``target``.
+
+    Raises:
+        UserError: it cannot be written.
+    """
+    made_folder(target.parent)
+    try:
+        target.write_text(comparison(first, second), encoding="utf-8")
+    except OSError as error:
+        raise UserError(f"{target} cannot be written ({error.strerror}). Name a file with --output.") from error
     return target

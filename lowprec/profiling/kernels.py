@@ -1,6 +1,7 @@
 """The kernels of one step (operators, on a processor): which take longest, what share goes into casts and rotations,
 and the whole step as a trace for ui.perfetto.dev or chrome://tracing."""
 
+import os
 import re
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -58,6 +59,7 @@ def traced(device: torch.device, trace: Path | None, most: int = 15) -> Iterator
         most: kernels in ``top``.
     """
     kernels = Kernels(on_device=device.type == "cuda", total_ms=0.0)
+    os.environ.setdefault("KINETO_LOG_LEVEL", "6")  # else PyTorch writes to the terminal when it starts and stops
     activities = [ProfilerActivity.CPU] + ([ProfilerActivity.CUDA] if kernels.on_device else [])
     with torch.profiler.profile(activities=activities, acc_events=True) as profiler:  # without it, it warns
         yield kernels

@@ -6,7 +6,7 @@ from typing import Any
 
 from lowprec.profiling.charts import areas, bar, columns, legend
 from lowprec.profiling.phases import PHASES
-from lowprec.profiling.table import ROWS, gib, ms, percent, rates, ratio
+from lowprec.profiling.table import gib, grams, ms, percent, rates, ratio, rows
 
 Figures = dict[str, Any]
 
@@ -25,7 +25,7 @@ section{background:var(--card);border:1px solid var(--line);border-radius:10px;p
 .tile b{display:block;font-size:22px;font-variant-numeric:tabular-nums}.tile span{color:var(--soft);font-size:13px}
 svg{display:block;width:100%;height:auto;overflow:visible}svg text{font-size:12px;fill:var(--soft)}
 svg text.on{fill:var(--on)}svg text.end{text-anchor:end}svg text.mid{text-anchor:middle}
-svg .grid{stroke:var(--line)}svg .edge{stroke:var(--soft);stroke-dasharray:2 3}
+svg text.phase{dominant-baseline:hanging}svg .grid{stroke:var(--line)}svg .edge{stroke:var(--soft);stroke-dasharray:2 3}
 svg .mark{stroke:var(--c3);stroke-width:2}
 .legend{list-style:none;display:flex;flex-wrap:wrap;gap:4px 18px;padding:0;margin:10px 0 0;font-size:13px}
 .legend i{display:inline-block;width:11px;height:11px;border-radius:3px;margin-right:6px}
@@ -35,10 +35,12 @@ td.n,th.n{text-align:right}td.n{white-space:nowrap}
 td.name{font-family:ui-monospace,"DejaVu Sans Mono",monospace;font-size:12.5px;
 overflow-wrap:anywhere}tr:last-child td{border-bottom:0}.warn{border-left:4px solid var(--c4)}
 .bad{border-left:4px solid var(--c3)}.two{display:grid;grid-template-columns:1fr 1fr;gap:16px}
-p,h2,.legend{overflow-wrap:anywhere}
+p,h2,.legend{overflow-wrap:anywhere}summary{cursor:pointer}
+pre{font:12.5px/1.45 ui-monospace,"DejaVu Sans Mono",monospace;overflow-x:auto;margin:8px 0 0}
 @media (max-width:700px){.two{grid-template-columns:1fr}section{padding:14px}th,td{padding:4px 7px 4px 0}
-table{font-size:12px}td.name{font-size:11px}.tile b{font-size:19px}svg text.axis{font-size:27px}
-svg text.on{display:none}}
+table{font-size:12px}td.name{font-size:11px}.tile b{font-size:19px}svg text.axis{font-size:18px}
+svg text.on{display:none}.legend{margin-top:14px}}
+@media (max-width:480px){svg text.axis{font-size:26px}}
 """
 
 
@@ -56,6 +58,7 @@ def page(figures: Figures) -> str:
         _kernels(figures),
         _mfu(figures),
         _power(figures),
+        _recipe(figures),
         _environment(figures),
     ]
     return _document(title, parts)
@@ -63,12 +66,10 @@ def page(figures: Figures) -> str:
 
 def comparison(first: Figures, second: Figures) -> str:
     """The page of two profiles side by side."""
-    rows = []
-    for label, find, write in ROWS:
-        values = find(first), find(second)
-        if any(values):
-            told = ["" if value is None else write(value) for value in values]
-            rows.append((label.replace("  ", "\u00a0\u00a0"), *told, ratio(*values)))
+    told = [
+        (label.replace("  ", "\u00a0\u00a0"), *texts, ratio(one, other))
+        for label, texts, (one, other) in rows(first, second)
+    ]
     columns = [("", ""), (first["name"], "n"), (second["name"], "n"), ("second / first", "n")]
     step = max(sum(_phase_parts(f).values()) for f in (first, second))
     memory = max(sum(_kinds(f).values()) for f in (first, second))
@@ -76,7 +77,7 @@ def comparison(first: Figures, second: Figures) -> str:
         "<h1>Profiles side by side</h1>",
         *(f'<p class="soft"><b>{escape(str(f["name"]))}</b>: {escape(_where(f))}</p>' for f in (first, second)),
         *(_status(f) for f in (first, second)),
-        _section("Figures", _table(columns, rows)),
+        _section("Figures", _table(columns, told)),
         _section("A step, on one scale", "".join(_named(f, _phase_bar(f, step)) for f in (first, second))),
         _section("Memory at the peak, on one scale", "".join(_named(f, _kind_bar(f, memory)) for f in (first, second))),
         _section("Memory through one step", "".join(_named(f, _timeline(f)) for f in (first, second))),
@@ -112,8 +113,10 @@ def _named(figures: Figures, body: str) -> str:
 
 def _where(figures: Figures) -> str:
     gpus, cores = figures["hardware"].get("gpus") or [], figures["hardware"]["cores"]
-    place = gpus[0]["name"] if figures["device"].startswith("cuda") and gpus else f"{cores} cores"
+    on_gpu = figures["device"].startswith("cuda") and gpus
+    place = gpus[0]["name"] if on_gpu else f"{figures['hardware']['cpu']}, {cores} cores"
     told = [f"{figures['steps']} measured steps after {figures['warmup_steps']} of warm-up", place]
+    told += [figures["date"]] if "date" in figures else []
     if figures.get("vram_limit_gib"):
         told.append(f"limited to {figures['vram_limit_gib']:g} GiB")
     return ", ".join(told)
@@ -165,10 +168,13 @@ def _time(figures: Figures) -> str:
     if not parts:
         return ""
     phases = figures["phases_ms"]
-    within = (
-        f'<p class="soft">Of it the disk kept training waiting for {ms(phases.get("disk_wait", 0))}. The host waited '
-        f"for the device for {ms(phases.get('host_sync', 0))}, which costs nothing while the device has work.</p>"
-    )
+    disk, host = phases.get("disk_wait", 0), phases.get("host_sync", 0)
+    within = f'<p class="soft">Of it the disk kept training waiting for {ms(disk)}.</p>' if disk else ""
+    if figures["device"].startswith("cuda"):
+        within += (
+            f'<p class="soft">The host waited for the device for {ms(host)}, which costs nothing while the device has '
+            "work.</p>"
+        )
     spread = (
         f"<p>Median {ms(figures['step_time_ms_p50'])}, 90th percentile {ms(figures['step_time_ms_p90'])}</p>"
         f"{columns(figures['step_times_ms'], 'ms', 'time of each measured step')}"
@@ -180,7 +186,7 @@ def _time(figures: Figures) -> str:
 
 def _kinds(figures: Figures) -> dict[str, float]:
     memory = figures.get("memory") or {}
-    return {kind: value for kind, value in (memory.get("parts_gib") or {}).items() if value}
+    return {kind: value for kind, value in (memory.get("parts_gib") or {}).items() if value > 5e-5}  # GiB
 
 
 def _kind_bar(figures: Figures, whole: float) -> str:
@@ -247,7 +253,7 @@ def _mfu(figures: Figures) -> str:
     table = _table(
         [("products in", ""), ("TFLOP a step", "n"), ("peak TFLOP/s", "n"), ("share of the time at the peak", "n")],
         (
-            (kind, f"{flops:,.4g}", _peak(mfu, kind), percent(shares[kind]) if kind in shares else "")
+            (kind, f"{flops:,.4g}", _peak(mfu, kind), percent(shares[kind]) if kind in shares else "not known")
             for kind, flops in mfu["tflop_per_step"].items()
         ),
     )
@@ -265,8 +271,22 @@ def _power(figures: Figures) -> str:
     power = figures.get("power") or {}
     told = f'<p class="soft">{escape(str(power.get("note", "")))}</p>'
     if power.get("energy_j") is not None:
-        told = f"<p>{power['energy_j']:,.0f} J in the measured steps, {power['power_w']:,.0f} W.</p>" + told
+        spent = f"{power['energy_j']:,.0f} J in the measured steps, {power['power_w']:,.0f} W."
+        emitted = power.get("co2e_g_per_million_tokens")
+        if emitted is not None:
+            grid = f"{power['grid_g_co2e_per_kwh']:g} g a kWh (train.grid_g_co2e_per_kwh)"
+            spent += f" {grams(emitted)} CO2e a million trained tokens, at {grid}."
+        told = f"<p>{spent}</p>{told}"
     return _section("Energy", told)
+
+
+def _recipe(figures: Figures) -> str:
+    if not figures.get("recipe"):
+        return ""
+    layers = ", ".join(f"{count} {scheme}" for scheme, count in (figures.get("layers") or {}).items())
+    told = f'<p class="soft">Linear layers: {escape(layers)}.</p>' if layers else ""
+    folded = f"<details><summary>Every key with its value</summary><pre>{escape(figures['recipe'])}</pre></details>"
+    return _section("The recipe, as it was measured", told + folded)
 
 
 def _environment(figures: Figures) -> str:

@@ -11,6 +11,7 @@ from rich.console import Console
 
 from lowprec.config import Recipe
 from lowprec.errors import UserError
+from lowprec.machine.cards import CONTEXT_MIB
 from lowprec.optim import AdamW
 from lowprec.plan import plan
 from lowprec.profiling.alive import Alive, Timeline
@@ -89,7 +90,10 @@ def _measure(run: Run, console: Console) -> tuple[Session, dict[str, Any] | None
     try:
         run.build()
     except torch.OutOfMemoryError:
-        session = Session(run.model, run.optimizer, device=run.accelerator.device, name=run.recipe.name)
+        session = Session(
+            run.model, run.optimizer, device=run.accelerator.device, name=run.recipe.name,
+            warmup_steps=options.warmup_steps, steps=options.steps,
+        )  # fmt: skip
         session.ran_out_of_memory = True
         return session, _failure(run, "while the model was loaded and converted", None)
     session = Session(
@@ -100,6 +104,7 @@ def _measure(run: Run, console: Console) -> tuple[Session, dict[str, Any] | None
         warmup_steps=options.warmup_steps,
         steps=options.steps,
         name=run.recipe.name,
+        grid_g_co2e_per_kwh=run.recipe.train.grid_g_co2e_per_kwh,
     )
     batch = None
     try:
@@ -118,7 +123,8 @@ def _measure(run: Run, console: Console) -> tuple[Session, dict[str, Any] | None
     run.model.zero_grad(set_to_none=True)
     if session.timeline is None:
         session.timeline = _follow_again(run, batch)
-    return session, _failure(run, where, session.timeline, session.num_steps)
+    length = max(inputs["input_ids"].shape[1] for inputs in batch.micro_batches) if batch is not None else None
+    return session, _failure(run, where, session.timeline, session.num_steps, length)
 
 
 def _say(session: Session, console: Console) -> None:
@@ -143,12 +149,20 @@ def _follow_again(run: Run, batch: Any) -> Timeline:
     return Timeline.of(alive)
 
 
-def _failure(run: Run, where: str, timeline: Timeline | None, steps_done: int = 0) -> dict[str, Any]:
-    """What ran out where, who held the memory, and which change would have fitted."""
-    found: dict[str, Any] = {"where": where, "told": [f"Memory ran out {where}."], "fits": None}
+def _failure(
+    run: Run, where: str, timeline: Timeline | None, steps_done: int = 0, length: int | None = None
+) -> dict[str, Any]:
+    """What ran out where, who held the memory, and which change would have fitted.
+
+    Args:
+        length: tokens of the longest rows of the step, padded; None where no step was taken.
+    """
+    found: dict[str, Any] = {
+        "where": where, "told": [f"Memory ran out {where}."], "fits": None, "row_length": length
+    }  # fmt: skip
     if timeline is not None:
         parts = sorted(timeline.parts().items(), key=lambda part: -part[1])
-        held = ", ".join(f"{kind} {gib(size / GIB)}" for kind, size in parts if size)
+        held = ", ".join(f"{kind} {gib(size / GIB)}" for kind, size in parts if size > 2**16)
         found["told"].append(f"What was alive: {held}.")
         train = run.recipe.train
         effective = train.per_device_train_batch_size * train.gradient_accumulation_steps
@@ -170,13 +184,16 @@ def _failure(run: Run, where: str, timeline: Timeline | None, steps_done: int = 
 def _advise(failure: dict[str, Any], recipe: Recipe, device: torch.device) -> None:
     """Add what each single change is predicted to save; where that cannot be predicted, the usual remedies."""
     limit = recipe.profile.vram_limit_gib
-    if limit is None and device.type == "cuda":
-        limit = torch.cuda.get_device_properties(device).total_memory / GIB
+    if device.type == "cuda":
+        limit = limit or torch.cuda.get_device_properties(device).total_memory / GIB
+    elif limit is not None:
+        limit += CONTEXT_MIB / 1024  # the simulated limit is of tensors alone, and a plan counts a context
+    length = failure["row_length"] or recipe.data.max_length
     try:
         with tempfile.TemporaryDirectory() as folder:
             file = Path(folder, "as_profiled.yaml")
             file.write_text(recipe.to_yaml(), encoding="utf-8")
-            changes = plan(str(file), vram=limit).advice
+            changes = plan(str(file), [f"data.max_length={length}", "profile.vram_limit_gib=null"], vram=limit).advice
     except UserError as error:
         failure["advice"] = []
         usual = "; ".join(remedies(recipe))
@@ -185,11 +202,9 @@ def _advise(failure: dict[str, Any], recipe: Recipe, device: torch.device) -> No
     failure["advice"] = [asdict(change) for change in changes]
     if not changes:
         failure["told"].append("No change of a single key is predicted to lower the memory.")
-    for fits, said in (
-        (True, "Predicted for full rows: fits by one change alone"),
-        (False, "Predicted to help, not to suffice"),
-    ):
-        named = [f"{' '.join(filter(None, (f'{c.key}={c.value}', c.also)))} (saves {gib(c.saves_gib)})"
-                 for c in changes if c.fits is fits]  # fmt: skip
-        if named:
-            failure["told"].append(f"{said}: {'; '.join(named)}.")
+        return
+    failure["told"].append(f"Predicted for rows of {length} tokens, each change by itself:")
+    for change in changes:
+        keys = " ".join(filter(None, (f"{change.key}={change.value}", change.also)))
+        fits = "fits" if change.fits else "does not suffice"
+        failure["told"].append(f"{keys} saves {gib(change.saves_gib)} and {fits}")

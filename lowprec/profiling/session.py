@@ -28,6 +28,7 @@ import torch
 from rich.console import Console
 from torch import nn
 
+from lowprec.machine.footprint import WORLD_G_CO2E_PER_KWH
 from lowprec.profiling.alive import Alive, Timeline
 from lowprec.profiling.flops import Flops
 from lowprec.profiling.kernels import Kernels, traced
@@ -54,6 +55,7 @@ class Session:
         steps: timed.
         name: in the title of what is printed and drawn.
         closely: whether the steps that are not timed follow.
+        grid_g_co2e_per_kwh: intensity of the electricity's grid, grams of CO2 equivalent a kWh.
     """
 
     def __init__(
@@ -67,6 +69,7 @@ class Session:
         steps: int = 20,
         name: str = "loop",
         closely: bool = True,
+        grid_g_co2e_per_kwh: float = WORLD_G_CO2E_PER_KWH,
     ) -> None:
         self.model, self.optimizer = model, getattr(optimizer, "optimizer", optimizer)  # without Accelerate's wrapper
         self.device = _device(model, device)
@@ -75,6 +78,7 @@ class Session:
         self.power = Power(self.device)
         self.probes = Probes([self.phases, self.peak, self.power])
         self.warmup_steps, self.steps, self.name = warmup_steps, steps, name
+        self.grid_g_co2e_per_kwh = grid_g_co2e_per_kwh
         self.num_steps = 0
         """Steps taken, warm-up included."""
         self.rows: list[dict[str, float]] = []
@@ -83,6 +87,8 @@ class Session:
         """Time of the host in the probes during them."""
         self.timeline: Timeline | None = None
         self.flops: Flops | None = None
+        self.followed_tokens = 0
+        """Tokens, padding too, of the step that ``flops`` counted; 0 where they are not known."""
         self.kernels: Kernels | None = None
         self.ran_out_of_memory = False
         self.bad = False
@@ -124,6 +130,11 @@ class Session:
         """Whether all steps that a whole profile needs were taken."""
         return self.stage == DONE
 
+    @property
+    def num_steps_wanted(self) -> int:
+        """Of a whole profile, warm-up included."""
+        return self.warmup_steps + len(self._stages)
+
     @contextmanager
     def step(self, *, tokens: int = 0, trained_tokens: int = 0, padding: int = 0) -> Iterator[None]:
         """One optimizer step.
@@ -138,10 +149,14 @@ class Session:
             yield
             return
         closely = stage in (MEMORY, KERNELS, HISTORY)
+        if stage == MEMORY:
+            self.followed_tokens = tokens + padding
         with self._looking_closely(stage):
             self.probes.on_step_start()
             counts: dict[str, float] = {"tokens": tokens, "trained_tokens": trained_tokens, "padding": padding}
             self._under_way.append((stage, counts))
+            if self._watches and self.model is None:
+                self.phases.enter("other")  # nothing tells more, and all of it would count as data
             yield
             self.phases.leave()
         self.num_steps += 1

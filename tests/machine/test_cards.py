@@ -10,6 +10,7 @@ def test_every_card_of_the_issue_is_there_and_found_by_its_driver_name():
     assert set(wanted) <= set(NAMED_CARDS)
     for name in NAMED_CARDS:
         assert named_card(f"NVIDIA GeForce {name}".lower()).name == name
+        assert named_card(name.removeprefix("RTX ")).name == name
     with pytest.raises(UserError, match="RTX 4060"):
         named_card("RTX 2080")
 

@@ -66,6 +66,7 @@ def test_the_page_holds_all_it_shows(lora, folder):
     lora()
     page = (folder / "profile.html").read_text()
     assert page.count("<svg") >= 4 and "prefers-color-scheme:dark" in page
+    assert "Every key with its value" in page and "per_device_train_batch_size: " in page
     assert not re.search(r"<script|<link|@import|url\(|src=|https?://", page)
 
 
@@ -80,6 +81,8 @@ def test_memory_that_runs_out_is_a_result(lora, folder, tmp_path):
     assert fits["train.per_device_train_batch_size"] * fits["train.gradient_accumulation_steps"] == 8
     assert fits["train.per_device_train_batch_size"] < 8
     assert "Tried, and it fits" in printed and "What was alive: " in printed
+    length = figures["out_of_memory"]["row_length"]
+    assert 0 < length <= 96 and f"Predicted for rows of {length} tokens" in printed, "as the step had them"
     assert "out of memory" in (folder / "profile.html").read_text()
     change = [f"{key}={value}" for key, value in fits.items()]
     again, _ = lora(*change, f"profile.vram_limit_gib={limit}", at=tmp_path / "fits")
@@ -102,6 +105,11 @@ def test_two_profiles_side_by_side(lora, tmp_path, capsys):
     assert "second / first" in printed and " x" in printed
     one, other = read_two(f"{tmp_path}/a/", str(tmp_path / "b"))
     assert (one["name"], other["name"]) == (str(tmp_path / "a"), str(tmp_path / "b")), "two of one recipe"
+    deeper = tmp_path / "not_there" / "yet.html"
+    assert main(["profile", "--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(deeper)]) == 0
+    assert deeper.read_text() == target.read_text()
+    assert main(["profile", "--compare", str(tmp_path / "a"), str(tmp_path / "b"), "--output", str(tmp_path)]) == 1
+    assert "Name a file" in capsys.readouterr().err
     page = target.read_text()
     assert page.count("<svg") >= 6 and not re.search(r"<script|<link|https?://", page)
 
@@ -115,6 +123,9 @@ def test_mistakes(lora, folder, tmp_path, capsys):
         (["profile"], "--compare"),
         (["profile", "lora", "--study", "consumer_gpu"], "one of"),
         (["profile", "--compare", str(tmp_path), str(tmp_path)], "is no profile"),
+        (["profile", "lora", "--output", "here"], "profile.output_dir=here"),
+        (["profile", "lora", "--reduced"], "--study"),
+        (["profile", "--compare", "a", "b", "--shape", "tiny"], "--study"),
         (["profile", "quickstart", "profile.steps=0"], "profile.steps=0"),
         (["profile", "quickstart", "profile.vram_limit_gib=0"], "null"),
     ):

@@ -9,10 +9,12 @@ from torch.nn import functional as F
 
 import lowprec
 from lowprec.errors import UserError
+from lowprec.profiling.charts import scale
 from lowprec.profiling.flops import Flops, utilisation
 from lowprec.profiling.folder import read
 from lowprec.profiling.kernels import kernel_class
 from lowprec.profiling.page import page
+from lowprec.profiling.table import rows
 from lowprec.testing import VOCAB_SIZE, tiny_model
 
 CPU = torch.device("cpu")
@@ -60,7 +62,8 @@ def test_a_loop_that_ends_early_says_so_and_one_that_runs_out_of_memory_too(tmp_
     figures = profile.figures()
     assert figures["status"] == "incomplete" and figures["steps"] == 1 and figures["memory"] is None
     assert figures["tokens_per_second"] is None and figures["all_tokens_per_second"] > 0
-    assert "incomplete" in page(figures)
+    assert "incomplete" in page(figures) and "incomplete" in str(profile)
+    assert "2 of 8 steps" in figures["notes"][0], "warm-up, five, memory and kernels"
     with pytest.raises(torch.OutOfMemoryError), lowprec.profile(model, optimizer) as profile, profile.step():
         raise torch.OutOfMemoryError("no more")
     assert profile.figures()["status"] == "out_of_memory"
@@ -74,6 +77,8 @@ def test_without_a_model_the_whole_step_is_timed():
                 torch.ones(10).sum()
                 time.sleep(0.002)
     assert profile.figures()["step_time_ms_p50"] >= 2
+    phases = profile.figures()["phases_ms"]
+    assert phases["other"] > phases["data"] and phases["forward"] == 0
 
 
 def test_flops_are_those_of_the_formula_and_recomputation_is_apart():
@@ -114,6 +119,49 @@ def test_utilisation_holds_each_kind_against_its_own_peak(monkeypatch):
     assert found["mfu_by_kind"] == pytest.approx({"bf16": 0.1, "int8": 0.2}) and found["peak_tflops"] == peaks
     del peaks["int8"]
     assert utilisation(counts, 0.1, CPU)["mfu"] is None
+
+
+def test_utilisation_is_of_the_measured_speed_where_the_step_that_was_counted_is_longer(monkeypatch):
+    """Batches differ: the products of one step go with the tokens of that step, not with the median step."""
+    monkeypatch.setattr("lowprec.profiling.flops.peak_tflops", lambda device: ({"fp32": 1.0}, "a table"))
+    weight = torch.ones(64, 64, requires_grad=True)
+    with lowprec.profile(warmup_steps=1, steps=2) as profile:
+        for rows in (32, 32, 32, 320, 32):
+            with profile.step(tokens=rows - 8, padding=8):
+                (torch.ones(rows, 64) @ weight).sum().backward()
+    figures = profile.figures()
+    rate = figures["mfu"]["tflop_per_step"]["fp32"] / 320 * figures["padded_tokens_per_second"]
+    assert figures["mfu"]["tflop_per_second"] == pytest.approx(rate)
+
+
+def test_energy_becomes_co2e_by_the_grid_that_is_given(monkeypatch):
+    joules = iter(range(0, 10_000, 36))
+    source = ("rapl", "a counter", [(lambda: float(next(joules)), 0.0)])
+    monkeypatch.setattr("lowprec.machine.energy._cpu_sources", lambda powercap: source)
+    with lowprec.profile(warmup_steps=1, steps=2, closely=False, grid_g_co2e_per_kwh=30) as profile:
+        for _ in range(3):
+            with profile.step(tokens=10, trained_tokens=10):
+                torch.ones(10).sum()
+    power = profile.figures()["power"]
+    assert power["energy_j"] == 72 and power["energy_j_per_token"] == pytest.approx(3.6)
+    assert power["co2e_g_per_million_tokens"] == pytest.approx(30), "3.6 MJ are a kWh"
+    assert "30 g CO2e a million trained tokens, at 30 g a kWh" in page(profile.figures())
+
+
+@pytest.mark.parametrize(
+    ("most", "marks"),
+    [(1.18, [0, 0.25, 0.5, 0.75, 1.0, 1.25]), (0.6, [0, 0.2, 0.4, 0.6]), (79.0, [0, 20, 40, 60, 80]), (0.0, [0, 1])],
+)
+def test_scales_are_round_numbers(most, marks):
+    assert scale(most) == pytest.approx(marks)
+
+
+def test_parts_that_show_as_nothing_have_no_row():
+    figures = {"name": "x", "phases_ms": {"forward": 3.0, "host_sync": 0.001}, "memory": {"peak_gib": 1e-9}}
+    labels = [label.strip() for label, _, _ in rows(figures)]
+    assert labels == ["forward", "peak of tensors"]
+    both = {label.strip(): told for label, told, _ in rows(figures, figures | {"phases_ms": {"host_sync": 7.0}})}
+    assert both["host waiting for the device"] == ["0.0 ms", "7.0 ms"]
 
 
 @pytest.mark.parametrize(

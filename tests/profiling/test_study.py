@@ -2,14 +2,16 @@
 
 import json
 from io import StringIO
+from types import SimpleNamespace
 from zlib import crc32
 
 import numpy as np
 import pytest
 from rich.console import Console
 
+from lowprec.cli import main
 from lowprec.errors import UserError
-from lowprec.profiling.study import run_study
+from lowprec.profiling.study import run, run_study
 from lowprec.profiling.study.cells import OPTIMIZERS, OWN, PAPER, PLAIN, SHAPES, Cell, all_cells, factorial
 from lowprec.profiling.study.claims import verdicts
 from lowprec.profiling.study.effects import effect, effects, interval
@@ -27,6 +29,7 @@ def test_the_design_holds_the_paper_and_every_combination():
         same = [c for c in cells if c.stack == PLAIN and all(getattr(c, n) == row[n] for n in
                 ("optimizer", "dtype", "batch", "length"))]  # fmt: skip
         assert {c.weights for c in same} == {"lora", "qlora"}
+    assert QWEN.limit_on(True) == 8 and SHAPES["tiny"].limit_on(True) is None, "CUDA's context alone is larger"
     reduced = all_cells(QWEN, reduced=True)
     assert len(reduced) < 45 and {c.optimizer for c in reduced} == {OPTIMIZERS[0], OPTIMIZERS[-1]}
 
@@ -82,6 +85,66 @@ def test_verdicts_follow_the_intervals(paged, bf16, expected):
     assert [verdict.verdict for verdict in nothing] == ["not decided"] * 3
 
 
+@pytest.mark.parametrize(
+    ("ratios", "expected"),
+    [
+        ([1.3], "not decided"),
+        ([1.3, 1.2], "holds"),
+        ([0.9, 1.0, 1.6], "not decided"),
+        ([0.9, 1.1, 1.0], "does not hold"),
+        ([0.9, 0.8], "does not hold"),
+    ],
+)
+def test_few_pairs_and_wide_intervals_decide_nothing(ratios, expected):
+    cells = {"stack": PLAIN, "weights": "lora", "dtype": "bf16", "batch": 1, "status": "ok", "peak_vram_gib": 1.0}
+    rows = [
+        cells | {"length": place, "optimizer": optimizer, "tokens_per_second": 100.0 * speed}
+        for place, ratio in enumerate(ratios)
+        for optimizer, speed in (("adamw", 1.0), ("paged_adamw_8bit", ratio))
+    ]
+    verdict = verdicts(rows)[0]
+    assert verdict.verdict == expected
+    assert ("to" in verdict.measured) == (len(ratios) > 1), "one pair has no interval"
+
+
+def test_what_is_left_when_the_study_is_stopped_or_killed(tmp_path, monkeypatch, capsys):
+    """The cell's process ends with the study's: at once at Ctrl-C; before its next cell where the study was killed."""
+    cell = Cell(stack=PLAIN, weights="lora", optimizer="adamw", dtype="fp32", batch=1, length=16)
+    ended = []
+
+    class Process:
+        exitcode = 0
+
+        def __init__(self, **_):
+            self.joins = 0
+
+        def start(self):
+            pass
+
+        def join(self):
+            self.joins += 1
+            if self.joins == 1:
+                raise KeyboardInterrupt
+
+        def kill(self):
+            ended.append(self)
+
+    monkeypatch.setattr(run.multiprocessing, "get_context", lambda _: SimpleNamespace(Process=Process))
+    output = StringIO()
+    with pytest.raises(KeyboardInterrupt):
+        run_study(Console(file=output, width=200), shape="tiny", output=str(tmp_path), cells=[cell])
+    assert len(ended) == 1 and "the same command goes on" in output.getvalue()
+
+    monkeypatch.setattr(run.signal, "signal", lambda *_: None)
+    monkeypatch.setattr("lowprec.train.launch.start_accelerator", lambda _: (None, None))
+    monkeypatch.setattr(run.multiprocessing, "parent_process", lambda: SimpleNamespace(is_alive=lambda: False))
+    run._work([cell], "tiny", str(tmp_path), 1, 2, 1, None)
+    assert read_rows(tmp_path) == []
+    (tmp_path / "file").touch()
+    assert main(["profile", "--study", "consumer_gpu", "--shape", "tiny", "--output", str(tmp_path / "file")]) == 1
+    assert "cannot be made" in capsys.readouterr().err
+
+
 def test_real_cells_of_a_tiny_shape_resume_and_end_in_a_page(tmp_path, capfd):
     plain = {"stack": PLAIN, "optimizer": "adamw_8bit", "dtype": "fp32", "batch": 1, "length": 16}
     cells = [
@@ -100,10 +163,15 @@ def test_real_cells_of_a_tiny_shape_resume_and_end_in_a_page(tmp_path, capfd):
     rows = {row["key"]: row for row in read_rows(folder)}
     assert set(rows) == {cell.key for cell in cells} and "5 cells, 1 of them" in output.getvalue()
     assert [rows[cell.key]["status"] for cell in cells] == ["ok", "ok", "ok", "out_of_memory", "failed"]
+    assert 0 < rows[cells[1].key]["peak_vram_gib"] < SHAPES["tiny"].limit_gib, "of tensors, where there is no GPU"
     assert rows[cells[1].key]["tokens_per_second"] > 0 and "no_such_scheme" in rows[cells[4].key]["error"]
     assert capfd.readouterr().out.count("tokens/s") == 2  # a line a cell
     page = (folder / "consumer_gpu.md").read_text()
-    assert "3 ran, 1 ran out of memory, 1 failed" in page and "| weights | lora | qlora |" in page
+    assert (
+        "Nothing here can be compared" in page
+        and "3 ran, 1 ran out of memory, 1 failed" in page
+        and "| weights | lora | qlora |" in page
+    )
     assert (folder / "cells.csv").read_text().count("\n") == len(cells) + 1
     for plot in ("consumer_gpu_memory.png", "consumer_gpu_effects.png"):
         assert (folder / plot).read_bytes().startswith(b"\x89PNG")
@@ -120,6 +188,7 @@ def test_the_page_of_the_whole_study(tmp_path):
     write_report(tmp_path)
     page = (tmp_path / "consumer_gpu.md").read_text()
     assert page.count("\n| 1 | ") == page.count("\n| 2 | ") == 2 and "| 500.3 |" in page and "Card" in page
+    assert "can be compared with the paper;" in page
     assert "Repeat: `lowprec profile --study consumer_gpu --shape qwen2.5-1.5b`" in page
 
 

@@ -35,6 +35,10 @@ class Shape:
     limit_gib: float
     own_weights: tuple[str, ...]
 
+    def limit_on(self, on_gpu: bool) -> float | None:
+        """GiB; None on a GPU where the limit would be less than what CUDA takes for itself."""
+        return None if on_gpu and self.limit_gib < 1 else self.limit_gib
+
 
 SHAPES = {
     "qwen2.5-1.5b": Shape(
@@ -51,7 +55,7 @@ SHAPES = {
             "model_type": "qwen2", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2,
             "num_attention_heads": 4, "num_key_value_heads": 2, "vocab_size": 272, "tie_word_embeddings": True,
         },
-        batches=(1, 2, 4), lengths=(16, 32, 64), dtypes=("fp32", "bf16"), limit_gib=0.008,
+        batches=(1, 2, 4), lengths=(16, 32, 64), dtypes=("fp32", "bf16"), limit_gib=0.0012,
         own_weights=("bf16", "int8_hadamard"),
     ),
 }  # fmt: skip

@@ -41,22 +41,30 @@ def verdicts(rows: Rows) -> list[Verdict]:
 
 
 def _verdict(found: Effect, claimed: float) -> str:
-    """A claim of a ratio: its direction first, then its size."""
-    if found.speed is None:
+    """A claim of a ratio: its direction first, then its size. One pair has no interval, so it decides nothing."""
+    if found.speed is None or found.pairs < 2:
         return "not decided"
     _, low, high = found.speed
     right_way = low > 1 if claimed > 1 else high < 1
-    if not right_way:
-        return "does not hold"
     reaches = high >= claimed if claimed > 1 else low <= claimed
-    return "holds" if reaches else "holds in part"
+    if right_way:
+        return "holds" if reaches else "holds in part"
+    wrong_way = high < 1 if claimed > 1 else low > 1
+    return "not decided" if reaches and not wrong_way else "does not hold"
 
 
 def _told(found: Effect) -> str:
     if found.speed is None:
         return "no two cells that differ in this alone ran"
-    mean, low, high = found.speed
-    return f"{100 * (mean - 1):+.1f} % ({100 * (low - 1):+.1f} to {100 * (high - 1):+.1f}), {found.pairs} pairs"
+    return f"{change(found)}, {found.pairs} pair{'s' if found.pairs > 1 else ''}"
+
+
+def change(found: Effect) -> str:
+    """Of tokens/s in percent, with its interval where there are pairs enough for one."""
+    if found.speed is None:
+        return ""
+    mean, low, high = (f"{100 * (value - 1):+.1f}" for value in found.speed)
+    return f"{mean} %" if found.pairs < 2 else f"{mean} % ({low} to {high})"
 
 
 def _fits(plain: Rows) -> Verdict:

@@ -16,6 +16,7 @@ from lowprec.config import Recipe, resolve
 from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
 from lowprec.prepare import wrap
+from lowprec.profiling.alive import Alive
 from lowprec.profiling.figures import OUT_OF_MEMORY
 from lowprec.profiling.limit import limited
 from lowprec.profiling.memory import GIB
@@ -30,16 +31,20 @@ def measure(cell: Cell, shape: Shape, accelerator: Accelerator, warmup: int, ste
     """The row of a cell: its levels, ``status`` (ok, out_of_memory, failed), and its figures."""
     began = time.perf_counter()
     row: dict[str, Any] = {"key": cell.key, **cell.to_dict(), "warmup": warmup, "steps": steps}
+    on_gpu = accelerator.device.type == "cuda"
+    counted = None if on_gpu else Alive(accelerator.device, limit=int(shape.limit_gib * GIB))
     try:
-        with limited(accelerator.device, shape.limit_gib):
+        with counted or limited(accelerator.device, shape.limit_on(on_gpu)):
             row |= _figures(cell, shape, accelerator, warmup, steps)
+        if counted is not None:
+            row["peak_vram_gib"] = max(moment.peak for moment in counted.moments) / GIB  # of tensors, on a processor
     except torch.OutOfMemoryError:  # while the model was built
         row |= {"status": OUT_OF_MEMORY}
     except Exception as error:  # a cell that cannot run, such as fp16 on a processor, is a cell as well
         row |= {"status": "failed", "error": f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"}
     accelerator.free_memory()
     gc.collect()
-    if accelerator.device.type == "cuda":
+    if on_gpu:
         torch.cuda.empty_cache()
     return row | {"seconds": round(time.perf_counter() - began, 2)}
 

@@ -6,8 +6,8 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowprec.profiling.study.cells import OWN, PAPER, PLAIN
-from lowprec.profiling.study.claims import verdicts
+from lowprec.profiling.study.cells import OWN, PAPER, PLAIN, SHAPES
+from lowprec.profiling.study.claims import change, verdicts
 from lowprec.profiling.study.effects import Effect, effects
 from lowprec.profiling.study.plots import plot_effects, plot_memory
 from lowprec.profiling.study.run import ABOUT, command_of, read_rows, shape_of
@@ -45,22 +45,29 @@ def page(rows: Rows, found: Sequence[Effect], about: dict[str, Any]) -> str:
     place = gpus[0]["name"] if gpus else f"a processor with {about['hardware']['cores']} cores"
     count = {status: sum(row["status"] == status for row in rows) for status in ("ok", "out_of_memory", "failed")}
     versions = ", ".join(f"{name} {version}" for name, version in about["versions"].items())
+    compares = (
+        "**Memory and ratios can be compared with the paper; tokens/s are those of this machine.**"
+        if gpus and shape is SHAPES["qwen2.5-1.5b"]
+        else "**Nothing here can be compared with the paper: this shows how the study works.**"
+    )
+    limit = shape.limit_on(bool(gpus))
+    limited = "" if limit is None else f", whose memory was limited to {limit:g} GiB"
     parts = [
         f"# LoRA and QLoRA under {shape.limit_gib:g} GiB, one factor at a time ({about['date']})",
-        f"The study of arXiv:2509.12229 (Qwen2.5-1.5B on an RTX 4060), repeated with a full factorial on {place}, "
-        f"whose memory was limited to {shape.limit_gib:g} GiB. **Memory and ratios can be compared with the paper; "
-        f"tokens/s are those of this machine.** Shape {about['shape']}, random weights; batch, length, optimizer, "
-        "dtype and base are varied; LoRA of rank 16 on all linear layers and gradient checkpointing are the same for "
-        f"all; every token is trained, none is padding. {about['warmup']} steps of warm-up, {about['steps']} measured. "
-        "Each row is one cell, run once.",
+        f"The study of arXiv:2509.12229 (Qwen2.5-1.5B on an RTX 4060), repeated with a full factorial on {place}"
+        f"{limited}. {compares} Shape {about['shape']}, random weights; batch, length, optimizer, dtype and base are "
+        "varied; LoRA of rank 16 on all linear layers and gradient checkpointing are the same for all; every token is "
+        f"trained, none is padding. {about['warmup']} steps of warm-up, {about['steps']} measured. Each cell was run "
+        "once.",
         f"{len(rows)} cells: {count['ok']} ran, {count['out_of_memory']} ran out of memory, {count['failed']} failed.",
         f"{versions}. Repeat: `{command_of(about)}`; all figures are in {CSV}.",
         "## Which of the paper's claims hold",
         _table(
             ["claim", "when one factor changes", "measured"], ((v.claim, v.verdict, v.measured) for v in verdicts(rows))
         ),
-        "A claim holds where the 95 % interval of the paired ratios lies on its side of 1 and reaches its size, and "
-        "holds in part where it lies on its side alone. The paper compares runs that differ in batch, length, "
+        "A claim holds where the 95 % interval of the paired ratios lies on its side of 1 and reaches its size, holds "
+        "in part where it lies on its side alone, and is not decided where the interval holds both its size and 1, or "
+        "where fewer than two pairs ran. The paper compares runs that differ in batch, length, "
         "optimizer and dtype at once.",
         "## The effect of each factor",
         f"![Effect of each factor]({EFFECTS_PNG})",
@@ -94,18 +101,15 @@ def _list(lines: Iterable[str]) -> str:
 
 
 def _effects_table(found: Sequence[Effect]) -> str:
-    def percent(value: tuple[float, float, float] | None) -> str:
-        if value is None:
+    def gib(found: Effect) -> str:
+        if found.memory_gib is None:
             return ""
-        mean, low, high = (100 * (v - 1) for v in value)
-        return f"{mean:+.1f} % ({low:+.1f} to {high:+.1f})"
-
-    def gib(value: tuple[float, float, float] | None) -> str:
-        return "" if value is None else f"{value[0]:+.2f} ({value[1]:+.2f} to {value[2]:+.2f})"
+        mean, low, high = (_told(value, 2, "+") for value in found.memory_gib)
+        return mean if found.pairs < 2 else f"{mean} ({low} to {high})"
 
     return _table(
         ["factor", "from", "to", "tokens/s", "peak, GiB", "pairs", "lost"],
-        ((e.factor, e.before, e.after, percent(e.speed), gib(e.memory_gib), e.pairs, e.lost) for e in found),
+        ((e.factor, e.before, e.after, change(e), gib(e), e.pairs, e.lost) for e in found),
     )
 
 
@@ -150,4 +154,9 @@ def _number(row: dict[str, Any], name: str, places: int) -> str:
     if row["status"] != "ok":
         return str(row["status"]).replace("_", " ")
     value = row.get(name)
-    return "" if value is None else f"{value:,.{places}f}"
+    return "" if value is None else _told(value, places)
+
+
+def _told(value: float, places: int, sign: str = "") -> str:
+    """With so many decimals; of what would vanish in them, two digits."""
+    return f"{value:{sign}.2g}" if value and abs(value) < 10**-places else f"{value:{sign},.{places}f}"

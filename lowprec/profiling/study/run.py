@@ -2,6 +2,7 @@
 
 import json
 import multiprocessing
+import signal
 import time
 import warnings
 from collections.abc import Sequence
@@ -10,8 +11,11 @@ from typing import Any
 
 from rich.console import Console
 
+from lowprec.display import quiet_bitsandbytes
 from lowprec.errors import UserError
+from lowprec.profiling.folder import made_folder
 from lowprec.profiling.study.cells import SHAPES, Cell, Shape, all_cells
+from lowprec.profiling.table import gib
 from lowprec.report import hardware, versions
 
 ROWS, ABOUT = "cells.jsonl", "study.json"
@@ -43,12 +47,12 @@ def run_study(
         The folder.
 
     Raises:
-        UserError: an unknown shape, or a folder with another study in it.
+        UserError: an unknown shape, a folder that cannot be made, or one with another study in it.
+        KeyboardInterrupt: of the user; the cells that were done stay, and the same command goes on.
     """
     if shape not in SHAPES:
         raise UserError(f"--shape {shape} is unknown: choose one of {', '.join(SHAPES)}.")
-    folder = Path(output or f"studies/consumer_gpu{'_reduced' if reduced else ''}")
-    folder.mkdir(parents=True, exist_ok=True)
+    folder = made_folder(Path(output or f"studies/consumer_gpu{'_reduced' if reduced else ''}"))
     warmup = warmup or (REDUCED_WARMUP if reduced else WARMUP)
     steps = steps or (REDUCED_STEPS if reduced else STEPS)
     _remember(folder, {"shape": shape, "warmup": warmup, "steps": steps})
@@ -61,8 +65,13 @@ def run_study(
         highlight=False,
     )
     deadline = time.time() + 60 * REDUCED_MINUTES if reduced else None
-    for dtype in dict.fromkeys(cell.dtype for cell in left):  # a process has one mixed precision
-        _run_all([cell for cell in left if cell.dtype == dtype], shape, folder, warmup, steps, len(wanted), deadline)
+    try:
+        for dtype in dict.fromkeys(cell.dtype for cell in left):  # a process has one mixed precision
+            chosen = [cell for cell in left if cell.dtype == dtype]
+            _run_all(chosen, shape, folder, warmup, steps, len(wanted), deadline)
+    except KeyboardInterrupt:
+        console.print(f"{len(read_rows(folder))} cells are in {folder}; the same command goes on.", highlight=False)
+        raise
     missing = {cell.key for cell in wanted} - {row["key"] for row in read_rows(folder)}
     if missing:
         console.print(f"{len(missing)} cells are left; the same command goes on with them.", highlight=False)
@@ -107,7 +116,11 @@ def _run_all(
     while cells and not _late(deadline):
         process = context.Process(target=_work, args=(cells, shape, str(folder), warmup, steps, total, deadline))
         process.start()
-        process.join()
+        try:
+            process.join()
+        finally:  # the user stops it: the cell under way is lost, and nothing goes on in the background
+            process.kill()
+            process.join()
         done = {row["key"] for row in read_rows(folder)}
         cells = [cell for cell in cells if cell.key not in done]
         if process.exitcode and cells:
@@ -119,7 +132,10 @@ def _run_all(
 def _work(
     cells: list[Cell], shape: str, folder: str, warmup: int, steps: int, total: int, deadline: float | None
 ) -> None:
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C reaches both processes, and the first one ends this
     warnings.simplefilter("ignore")  # other libraries', once a cell: a cell has one line
+    quiet_bitsandbytes()
+    parent = multiprocessing.parent_process()
     from lowprec.profiling.study.measure import measure, recipe_of
     from lowprec.train.launch import start_accelerator
 
@@ -131,7 +147,7 @@ def _work(
             _append(Path(folder), row | {"error": str(error)}, total)
         return
     for cell in cells:
-        if _late(deadline):
+        if _late(deadline) or (parent is not None and not parent.is_alive()):  # killed: it could not end this process
             return
         _append(Path(folder), measure(cell, SHAPES[shape], accelerator, warmup, steps), total)
 
@@ -145,7 +161,7 @@ def _append(folder: Path, row: dict[str, Any], total: int) -> None:
     with (folder / ROWS).open("a", encoding="utf-8") as file:
         file.write("\n" + json.dumps(row))  # on a line of its own, whatever a kill has left of the one before
     if row["status"] == "ok":
-        peak = f", {row['peak_vram_gib']:.2f} GiB" if row.get("peak_vram_gib") else ""
+        peak = f", {gib(row['peak_vram_gib'])}" if row.get("peak_vram_gib") else ""
         told = f"{row['tokens_per_second']:,.0f} tokens/s{peak}"
     else:
         told = row["status"].replace("_", " ") + (f": {row['error']}" if "error" in row else "")
