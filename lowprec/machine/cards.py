@@ -75,6 +75,12 @@ NAMED_CARDS = {
 }
 
 
+def card_of(device_name: str, sm_count: int) -> str | None:
+    """The named card that a driver's ``device_name`` is, or None. The same name with another number of multiprocessors
+    is another card (H100 PCIe, RTX 4060 Ti, L40S)."""
+    return next((n for n, sheet in NAMED_CARDS.items() if n in device_name and sheet.sm_count == sm_count), None)
+
+
 def named_card(name: str) -> Machine:
     """The machine with that card, as far as a datasheet tells: ``named_card("RTX 4060")``.
 

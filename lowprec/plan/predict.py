@@ -278,7 +278,7 @@ def parse_gib(text: str) -> float:
                 value = float(plain.removesuffix(suffix)) * factor
             except ValueError:
                 break
-            if value > 0:
+            if 0 < value < float("inf"):
                 return value
             break
     raise UserError(f"--vram {text} is no amount of memory: write it as 8GiB.")

@@ -7,7 +7,7 @@ from typing import Any
 import torch
 
 from lowprec.config import Recipe, resolve
-from lowprec.machine import NAMED_CARDS, Machine, named_card, this_machine
+from lowprec.machine import NAMED_CARDS, Machine, card_of, named_card, this_machine
 from lowprec.plan.predict import Planner, model_config, parse_gib
 from lowprec.plan.report import Plan
 from lowprec.plan.search import advice, largest, nearest_recipe
@@ -43,8 +43,8 @@ def plan(
     found, told = (machine, []) if machine is not None else find_machine(gpu)
     notes += told
     limit = parse_gib(vram) if isinstance(vram, str) else vram
-    if limit is None and found is not None:
-        limit = found.vram_gib
+    if limit is None:
+        limit = found.vram_gib if found is not None else own_vram_gib()
     own_limit = getattr(getattr(chosen, "profile", None), "vram_limit_gib", None)
     if own_limit is not None:
         limit = min(own_limit, limit or own_limit)
@@ -99,16 +99,23 @@ def find_machine(gpu: str | None) -> tuple[Machine | None, list[str]]:
         return measured, []
     remedy = "lowprec doctor --measure measures this machine's"
     if torch.cuda.is_available():
-        name = torch.cuda.get_device_name()
-        known = next(
-            (card for card in sorted(NAMED_CARDS, key=len, reverse=True) if card.lower() in name.lower()), None
-        )
-        if known is not None:
-            return named_card(known), [f"Rates are those of the {known}'s datasheet; {remedy}."]
+        device = torch.cuda.get_device_properties(torch.cuda.current_device())
+        known = card_of(device.name, device.multi_processor_count)
+        if known is None:
+            return None, [f"Nothing is known of the rates of a {device.name}, so there are no times: {remedy}."]
+        own = replace(named_card(known), vram_gib=device.total_memory / 2**30)
+        return own, [f"Rates are those of the {known}'s datasheet; {remedy}."]
     return None, [
         f'No GPU is known here, so there are no times: name a card, as --gpu "RTX 4060" (there are '
         f"{', '.join(NAMED_CARDS)}). On a machine with a GPU, {remedy}."
     ]
+
+
+def own_vram_gib() -> float | None:
+    """Of the GPU that is here, whatever is known of it."""
+    if not torch.cuda.is_available():
+        return None
+    return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
 
 
 def with_policy(planner: Planner, recipe: Recipe, limit: float | None, notes: list[str]) -> Recipe:

@@ -15,7 +15,7 @@ from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import lowprec.ops  # noqa: F401  # its operators are to be known
-from lowprec.machine import NAMED_CARDS, this_machine
+from lowprec.machine import NAMED_CARDS, card_of, this_machine
 from lowprec.plan.operators import ATTENTION, KIND_OF, know_bitsandbytes, know_lowprec, products_of
 from lowprec.profiling.modules import ModuleStack, in_backward
 
@@ -104,10 +104,9 @@ def peak_tflops(device: torch.device) -> tuple[dict[str, float], str]:
     """TFLOP/s by kind of product, and where they are from."""
     if device.type == "cuda":
         properties = torch.cuda.get_device_properties(device)
-        for name, sheet in NAMED_CARDS.items():
-            # The same name with another number of multiprocessors is another card (H100 PCIe, RTX 4060 Ti).
-            if name in properties.name and properties.multi_processor_count == sheet.sm_count:
-                return sheet.peaks(), f"datasheet of {name}, dense, sums in fp32"
+        name = card_of(properties.name, properties.multi_processor_count)
+        if name is not None:
+            return NAMED_CARDS[name].peaks(), f"datasheet of {name}, dense, sums in fp32"
     machine = this_machine()
     if machine is not None:
         return dict(

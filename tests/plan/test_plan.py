@@ -3,6 +3,7 @@
 import io
 import json
 from dataclasses import replace
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,7 +18,7 @@ from lowprec.machine import named_card
 from lowprec.optim import AdamW
 from lowprec.plan import Planner, fitting_policy, predict
 from lowprec.plan.predict import GIB, PARTS, parse_gib
-from lowprec.plan.run import with_checkpointing
+from lowprec.plan.run import find_machine, own_vram_gib, with_checkpointing
 from lowprec.plan.schemes import without_data
 from lowprec.plan.search import last_that_fits
 from lowprec.plan.states import Trained, states_of
@@ -160,6 +161,25 @@ def test_schemes_that_measure_are_predicted(folder):
     assert any("chooses by predicted times" in note for note in answer["notes"])
 
 
+@pytest.mark.parametrize(
+    "name,sm_count,known",
+    [
+        ("NVIDIA H100 80GB HBM3", 132, "H100"), ("NVIDIA H100 PCIe", 114, None), ("NVIDIA L40S", 142, None),
+        ("NVIDIA GeForce RTX 4060 Ti", 34, None), ("NVIDIA A100-SXM4-40GB", 108, "A100"),
+    ],
+)  # fmt: skip
+def test_a_card_that_was_never_measured_has_its_own_memory(name, sm_count, known, folder, monkeypatch):
+    device = SimpleNamespace(name=name, multi_processor_count=sm_count, total_memory=39 * 2**30)
+    monkeypatch.setattr("lowprec.plan.run.this_machine", lambda: None)
+    for asked, answer in (("is_available", True), ("current_device", 0), ("get_device_properties", device)):
+        monkeypatch.setattr(torch.cuda, asked, lambda *index, answer=answer: answer)
+    found, notes = find_machine(None)
+    assert (found.name if found else None) == known and "lowprec doctor --measure" in notes[0]
+    assert found is None or found.vram_gib == 39.0
+    if found is None:
+        assert own_vram_gib() == 39.0
+
+
 def test_nf4_products_are_chosen_by_predicted_times_and_noise():
     linear = torch.nn.Linear(4096, 14336, device="meta")
 
@@ -203,6 +223,8 @@ def test_amounts_of_memory_are_read_with_their_units():
     assert parse_gib("8GB") == pytest.approx(8e9 / 2**30)
     with pytest.raises(UserError, match="8GiB"):
         parse_gib("-1GiB")
+    with pytest.raises(UserError, match="--vram inf is no amount"):
+        parse_gib("inf")
 
 
 @pytest.mark.parametrize("limit", [0, 1, 37, 102, 160, 161, 481, 5000])
