@@ -153,19 +153,19 @@ def _parser() -> argparse.ArgumentParser:
 
     train = verb("train", _train, "Fine-tune a model as a recipe says.", _TRAIN_HELP)
     train.add_argument("recipe", help="a shipped recipe (lowprec recipes ls), or the path of a YAML file")
-    train.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+    train.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="keys of the recipe to change")
     train.add_argument("-m", "--multirun", action="store_true", help="run every combination of key=a,b one by one")
 
     plan = verb("plan", _plan, "Predict what a recipe takes, and what would fit, before it runs.", _PLAN_HELP)
     plan.add_argument("recipe", help="a shipped recipe (lowprec recipes ls), or the path of a YAML file")
-    plan.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+    plan.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="keys of the recipe to change")
     plan.add_argument("--vram", metavar="8GiB", help="device memory that there is; by default the card's")
     plan.add_argument("--gpu", metavar="NAME", help='a named card, such as "RTX 4060"; by default this machine')
     plan.add_argument("--json", action="store_true", help="print JSON instead of a table")
 
     profile = verb("profile", _profile, "Measure a recipe's steps: time, memory, kernels, energy.", _PROFILE_HELP)
     profile.add_argument("recipe", nargs="?", help="a shipped recipe, or the path of a YAML file")
-    profile.add_argument("overrides", nargs="*", metavar="key=value", help="keys of the recipe to change")
+    profile.add_argument("overrides", nargs="*", default=[], metavar="key=value", help="keys of the recipe to change")
     profile.add_argument("--compare", nargs=2, metavar=("A", "B"), help="two profiles side by side, folders or files")
     profile.add_argument("--study", choices=["consumer_gpu"], help="run a study of many cells")
     profile.add_argument("--reduced", action="store_true", help="the part of the study that ends in minutes (--study)")
@@ -175,7 +175,7 @@ def _parser() -> argparse.ArgumentParser:
     recipes = verb("recipes", _recipes, "List, show or copy recipes.", _RECIPES_HELP)
     recipes.add_argument("action", choices=["ls", "show", "cp"])
     recipes.add_argument("recipe", nargs="?")
-    recipes.add_argument("overrides", nargs="*", metavar="key=value | target.yaml")
+    recipes.add_argument("overrides", nargs="*", default=[], metavar="key=value | target.yaml")
 
     merge = verb("merge", _merge, "Merge an adapter into its 16-bit base, tensor by tensor.", _MERGE_HELP)
     merge.add_argument("adapter", help="a run folder, or a PEFT adapter folder")

@@ -124,3 +124,10 @@ def test_completion_offers_recipes(shell, capsys):
         assert result.stdout.split() == VERBS
     else:
         assert "bashcompinit" in script
+
+
+@pytest.mark.parametrize("verb", ["train", "plan"])
+def test_a_missing_recipe_is_all_that_is_missing(verb, capsys):
+    with pytest.raises(SystemExit):
+        main([verb])
+    assert capsys.readouterr().err.rstrip().endswith("the following arguments are required: recipe")
