@@ -12,7 +12,6 @@ from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import nn
-from torch.distributed.tensor import DTensor
 from torch.utils.checkpoint import checkpoint
 from transformers.modeling_layers import GradientCheckpointingLayer
 
@@ -21,6 +20,7 @@ from lowprec.activations.offload import Offload
 from lowprec.activations.selective import Selective
 from lowprec.attention import why_no_flash
 from lowprec.errors import UserError
+from lowprec.sharded import is_sharded
 
 if TYPE_CHECKING:
     from lowprec.config import Recipe
@@ -151,7 +151,7 @@ def why_no_graphs(model: Any, policy: str, device: torch.device, packed: torch.d
         return "gradient_checkpointing=selective chooses among operations as they come"
     if not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
         return f"{type(model).__name__} has no layers of transformers' own kind"
-    if any(isinstance(parameter, DTensor) for parameter in model.parameters()):
+    if any(is_sharded(parameter) for parameter in model.parameters()):
         return "its parameters are sharded"
     if packed is not None:
         config = model.config.get_text_config()

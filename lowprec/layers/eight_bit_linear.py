@@ -6,7 +6,6 @@ import warnings
 import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
-from torch.distributed.tensor import DTensor
 
 from lowprec.layers.decoded_weight import DecodedWeight
 from lowprec.layers.eight_bit import (
@@ -25,6 +24,7 @@ from lowprec.layers.eight_bit import (
 )
 from lowprec.layers.products import FP8, Plan
 from lowprec.layers.weight_cache import WeightCache
+from lowprec.sharded import is_sharded
 
 
 class _EightBitLinear(nn.Linear):
@@ -165,8 +165,8 @@ class FrozenEightBitLinear(_EightBitLinear):
     def weight(self) -> torch.Tensor:  # type: ignore[override]
         """The decoded weight, anew for each reading; where FSDP2 has sharded the codes, its shard of them."""
         stored = self._parameters["weight"]
-        if isinstance(stored, DTensor):
-            return stored
+        if is_sharded(stored):
+            return stored  # type: ignore[return-value]
         if isinstance(stored, FakeTensor):  # of a plan: one has no numbers, and a class already
             return self.dequantized_weight()
         shape = (self.out_features, self.in_features)

@@ -2,18 +2,20 @@
 
 from contextlib import nullcontext
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 from accelerate import Accelerator
 from torch import nn
 from torch.nn import functional as F
 
-from lowprec.data import StepBatch
 from lowprec.data.collate import Inputs, shifted, trained_positions
 from lowprec.fused.loss_head import gives_loss
 from lowprec.profiling.phases import Phases
 from lowprec.train.clock import Mark
+
+if TYPE_CHECKING:
+    from lowprec.data import StepBatch
 
 
 @dataclass
@@ -68,7 +70,7 @@ class TrainStep:
         self.phases = Phases(accelerator.device, getattr(self.bare_optimizer, "traffic", None))
         """Told where the step stands; measures nothing until it is made a probe of a loop."""
 
-    def __call__(self, batch: StepBatch, stop: bool) -> StepScalars:
+    def __call__(self, batch: "StepBatch", stop: bool) -> StepScalars:
         """Take one step.
 
         Args:
