@@ -13,23 +13,31 @@ from lowprec.plan.follow import find_layers
 from lowprec.plan.graphs import in_graphs
 from lowprec.plan.liger_like import put_liger_like
 from lowprec.plan.schemes import without_data
+from lowprec.plan.tape import Template
 from lowprec.prepare import wrap
 
 
-def with_layers(config: Any, num_layers: int) -> Any:
-    """A copy of the configuration for a model of ``num_layers`` layers."""
+def of_template(config: Any, template: Template) -> Any:
+    """A copy of the configuration for a model of the layers that are traced."""
     config = copy.deepcopy(config)
     text = config.get_text_config()
     layer_types = getattr(text, "layer_types", None)
     if layer_types is not None:
-        text.layer_types = list(layer_types[:num_layers])
-    text.num_hidden_layers = num_layers
+        text.layer_types = [layer_types[template.layers_of(traced)[0]] for traced in range(template.num_layers)]
+    text.num_hidden_layers = template.num_layers
     return config
 
 
-def has_like_layers(config: Any) -> bool:
-    """Whether the configuration says that all layers are of one type."""
-    return len(set(getattr(config.get_text_config(), "layer_types", None) or [None])) == 1
+def period_of(config: Any) -> int:
+    """After how many layers their types come again, as far as the configuration says; all of them where it says that
+    layers differ in something else, too."""
+    text = config.get_text_config()
+    types = list(getattr(text, "layer_types", None) or [None])
+    period = next(n for n in range(1, len(types) + 1) if types[n:] == types[:-n])
+    others = {name: value for name, value in vars(text).items() if "layer" in name and "norm" not in name}
+    if period > 1 and any(value for name, value in others.items() if name not in ("num_hidden_layers", "layer_types")):
+        return int(text.num_hidden_layers)
+    return period
 
 
 def build_model(recipe: Recipe, config: Any, machine: Machine) -> tuple[Any, WrapReport, tuple[int, int]]:

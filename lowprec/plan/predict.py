@@ -17,10 +17,10 @@ from lowprec.plan.allocator import CachingAllocator
 from lowprec.plan.follow import CUBLAS_HANDLES, cublas_workspace
 from lowprec.plan.graphs import in_graphs, with_graphs
 from lowprec.plan.ledger import Peak, peak_of
-from lowprec.plan.model import has_like_layers, with_layers
+from lowprec.plan.model import of_template, period_of
 from lowprec.plan.states import States, Trained, states_of
 from lowprec.plan.step import TracedRecipe, updates_in_backward
-from lowprec.plan.tape import KINDS, MIDDLE, TEMPLATE_LAYERS, Event, NotUniformError, Stretched, Tape
+from lowprec.plan.tape import KINDS, Event, NotUniformError, Stretched, Tape, Template
 from lowprec.plan.timing import StepTime, step_time
 from lowprec.train.options import Train
 
@@ -104,6 +104,7 @@ class Planner:
         self.config, self.machine = config, machine
         self._card = machine or named_card(UNKNOWN_CARD)
         self._depth = config.get_text_config().num_hidden_layers
+        self._template = Template(self._depth, period_of(config))
         self.vocab_size: int = config.get_text_config().vocab_size
         self._traced: dict[str, TracedRecipe] = {}
         self._whole: set[str] = set()
@@ -159,15 +160,17 @@ class Planner:
         return repr((*groups, optimizer, train, [window < longest for window in windows]))
 
     def _trace(self, recipe: Recipe, key: str, rows: int, length: int) -> "_Traced":
-        few = has_like_layers(self.config) and self._depth > TEMPLATE_LAYERS and key not in self._whole
+        few = self._depth > self._template.num_layers and key not in self._whole
         if key not in self._traced:
-            config = with_layers(self.config, TEMPLATE_LAYERS) if few else self.config
+            config = of_template(self.config, self._template) if few else self.config
             self._traced[key] = TracedRecipe(recipe, config, self._card)
         traced = self._traced[key]
         tape: Tape | Stretched = traced.trace(rows, length)
         try:
             if few:
-                tape = tape.stretched(self._depth)  # type: ignore[union-attr]
+                if self._template.period > 1 and not traced.has_like_layers:
+                    raise NotUniformError("the layers of a period are not of one size")
+                tape = tape.stretched(self._template)  # type: ignore[union-attr]
             peak, reserved = self._memory(recipe, list(tape.events()), rows * length)
             return _Traced(traced, tape, peak, reserved, traced.offloaded_bytes)
         except NotUniformError:
@@ -189,7 +192,7 @@ class Planner:
 
     def _predict(self, recipe: Recipe, found: "_Traced", rows: int, length: int) -> Prediction:
         traced, tape = found.recipe, found.tape
-        trained = traced.trained if isinstance(tape, Tape) else _all_layers(traced, self._depth)
+        trained = traced.trained if isinstance(tape, Tape) else _all_layers(traced, self._template)
         states = states_of(recipe, trained)
         accumulated = recipe.train.gradient_accumulation_steps
         time = tokens = joules = None
@@ -231,15 +234,12 @@ def _stretched_count(count: int, scale: float, num_layers: int) -> int:
     return round(inside * scale) + count - inside
 
 
-def _all_layers(traced: TracedRecipe, depth: int) -> list[Trained]:
-    """What trains in a model of ``depth`` layers, from one of ``TEMPLATE_LAYERS``."""
+def _all_layers(traced: TracedRecipe, template: Template) -> list[Trained]:
+    """What trains in the deep model."""
     found, prefix = [], traced.followed.prefix
     for parameter in traced.trained:
         layer = traced.followed.layer_of(parameter.name)
-        numbers: Any = [layer]
-        if layer is not None and layer >= MIDDLE:
-            numbers = range(MIDDLE, depth - 2) if layer == MIDDLE else [layer + depth - TEMPLATE_LAYERS]
-        for number in numbers:
+        for number in [None] if layer is None else template.layers_of(layer):
             name = parameter.name.replace(f"{prefix}.{layer}.", f"{prefix}.{number}.", 1)
             found.append(replace(parameter, name=name))
     return found

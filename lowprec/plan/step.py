@@ -15,7 +15,7 @@ from lowprec.layers.decode_buffer import release_decode_buffers
 from lowprec.machine import Machine
 from lowprec.optim.options import AdamWOptions
 from lowprec.plan.cuda_like import LikeCuda
-from lowprec.plan.follow import Followed
+from lowprec.plan.follow import Followed, find_layers
 from lowprec.plan.model import build_model
 from lowprec.plan.operators import know_bitsandbytes, know_lowprec
 from lowprec.plan.schemes import lend_once
@@ -76,6 +76,12 @@ class TracedRecipe:
     def num_layers(self) -> int:
         """Layers that are traced."""
         return int(self._text.num_hidden_layers)
+
+    @property
+    def has_like_layers(self) -> bool:
+        """Whether all layers that are traced have as many parameters."""
+        layers = find_layers(self.model, self.num_layers)
+        return len({sum(p.numel() for p in layer.parameters()) for layer in layers or ()}) == 1
 
     def loaded_parameters(self, num_layers: int) -> int:
         """Parameters that a model of ``num_layers`` layers is loaded with."""

@@ -1,19 +1,21 @@
 """What a traced step leaves: when storages came and went and what was computed, layer by layer; and the same for a
 model of more layers.
 
-A decoder repeats one layer, so a step of a model of ``TEMPLATE_LAYERS`` layers says all about one of any depth: its
-first two and its last two layers are played as they are, the one between as often as it takes. What lies outside the
-layers is played once. A storage is found again as "number ``ordinal`` that this visit of that layer allocated"; where
-the layers turn out not to be alike, ``Tape.stretched`` says so and the caller traces all of them.
+A decoder repeats one layer, or a period of several, so a step of a model of a few layers (``Template``) says all about
+one of any depth: its first and its last layers are played as they are, the period between as often as it takes. What
+lies outside the layers is played once. A storage is found again as "number ``ordinal`` that this visit of that layer
+allocated"; where the layers turn out not to be alike, ``Tape.stretched`` says so and the caller traces all of them.
 """
 
 from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
+from itertools import groupby
 from typing import NamedTuple
 
-TEMPLATE_LAYERS = 5
-MIDDLE = 2
+ENDS = 2
+"""Layers at the beginning, and at least as many at the end, that stand for themselves alone: the outermost meet what is
+outside, and of the next ones some is fetched ahead."""
 
 KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
 """What holds device memory, in the order of reports; there ``slack`` and ``context`` follow."""
@@ -73,6 +75,46 @@ class Key:
     ordinal: int
 
 
+@dataclass(frozen=True, slots=True)
+class Template:
+    """Which layers of a model of ``depth`` are traced: the first ones, one period, and the last ones. Layers that are a
+    multiple of ``period`` apart are alike."""
+
+    depth: int
+    period: int = 1
+
+    @property
+    def tail(self) -> int:
+        """Layers at the end, so many that those between are a number of periods."""
+        return ENDS + (self.depth - 2 * ENDS) % self.period
+
+    @property
+    def num_layers(self) -> int:
+        """Layers that are traced."""
+        return ENDS + self.period + self.tail
+
+    @property
+    def shifts(self) -> range:
+        """How far from the traced period the periods are."""
+        return range(0, self.depth - ENDS - self.tail, self.period)
+
+    def repeats(self, traced: int | None) -> bool:
+        """Whether a traced layer is of the period."""
+        return traced is not None and ENDS <= traced < ENDS + self.period
+
+    def layers_of(self, traced: int) -> list[int]:
+        """The layers that a traced one stands for."""
+        if self.repeats(traced):
+            return [traced + shift for shift in self.shifts]
+        return [traced if traced < ENDS else traced + self.depth - self.num_layers]
+
+    def traced(self, layer: int) -> int:
+        """The traced layer that stands for one."""
+        if layer >= self.depth - self.tail:
+            return layer - self.depth + self.num_layers
+        return layer if layer < ENDS else ENDS + (layer - ENDS) % self.period
+
+
 @dataclass(slots=True)
 class Tape:
     """Storages are numbered in the order in which they came."""
@@ -96,21 +138,21 @@ class Tape:
                 size, kind = self.sizes[storage], self.kinds[storage]
                 yield Event(run.phase, comes, storage, size, kind, storage in inside, number)
 
-    def stretched(self, num_layers: int) -> "Stretched":
-        """This step as a model of ``num_layers`` layers takes it.
+    def stretched(self, template: Template) -> "Stretched":
+        """This step as the deep model takes it.
 
         Raises:
             NotUniformError: the layers are not alike.
         """
-        return Stretched(self, num_layers)
+        return Stretched(self, template)
 
 
 class Stretched:
     """``Tape`` for more layers; same interface."""
 
-    def __init__(self, tape: Tape, num_layers: int):
-        assert tape.num_layers == TEMPLATE_LAYERS < num_layers
-        self._tape, self._num_layers = tape, num_layers
+    def __init__(self, tape: Tape, template: Template):
+        assert tape.num_layers == template.num_layers < template.depth
+        self._tape, self._template = tape, template
         self._owner: dict[int, Key] = {}
         self._runs = _settled(tape)
         self._sizes: dict[tuple[int, int | None], list[int]] = {}
@@ -150,7 +192,7 @@ class Stretched:
                 raise NotUniformError(f"something that layer {layer} allocates is never freed")
 
     def _at(self, sweep: int, layer: int | None) -> list[int]:
-        return self._sizes.get((sweep, None if layer is None else _template(layer, self._num_layers)), [])
+        return self._sizes.get((sweep, None if layer is None else self._template.traced(layer)), [])
 
     def _check(self, key: Key, layer: int | None, storage: int) -> None:
         """A storage that another layer's run frees must be what the template says it is."""
@@ -162,20 +204,16 @@ class Stretched:
 
     def _played(self) -> Iterator[tuple[int, Run, int]]:
         """(sweep, run, number of its layer minus the template's) in the order of the deeper model."""
-        previous = -1
-        for sweep, run in self._runs:
-            if run.layer == MIDDLE:
-                middle = range(MIDDLE, self._num_layers - 2)
-                for layer in middle if previous < MIDDLE else reversed(middle):
-                    yield sweep, run, layer - MIDDLE
+        template, previous = self._template, -1
+        for (sweep, repeats), group in groupby(self._runs, lambda entry: (entry[0], template.repeats(entry[1].layer))):
+            runs = [run for _, run in group]
+            if repeats:
+                for shift in template.shifts if previous < ENDS else reversed(template.shifts):
+                    yield from ((sweep, run, shift) for run in runs)
             else:
-                shift = self._num_layers - TEMPLATE_LAYERS if run.layer is not None and run.layer > MIDDLE else 0
-                yield sweep, run, shift
-            previous = -1 if run.layer is None else run.layer
-
-
-def _template(layer: int, num_layers: int) -> int:
-    return layer - num_layers + TEMPLATE_LAYERS if layer >= num_layers - 2 else min(layer, MIDDLE)
+                for run in runs:
+                    yield sweep, run, 0 if run.layer is None else template.layers_of(run.layer)[0] - run.layer
+            previous = -1 if runs[-1].layer is None else runs[-1].layer
 
 
 def _settled(tape: Tape) -> list[tuple[int, Run]]:

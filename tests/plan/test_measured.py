@@ -13,8 +13,8 @@ from lowprec.bench.train.works import all_works
 from lowprec.machine import named_card
 from lowprec.plan import Planner
 from lowprec.plan.ledger import peak_of
-from lowprec.plan.model import with_layers
-from lowprec.plan.tape import TEMPLATE_LAYERS
+from lowprec.plan.model import of_template
+from lowprec.plan.tape import Template
 from tests.plan.loops import traced, with_checkpointing, with_lora
 
 HEADS = {"num_attention_heads": 32, "num_key_value_heads": 8}
@@ -49,8 +49,9 @@ def test_peaks_are_predicted_within_half_a_percent(cell):
         return with_checkpointing(model) if "checkpointed" in cell else model
 
     config = SHAPES[shape]
+    template = Template(config.num_hidden_layers)
     tape = traced(
-        with_layers(config, TEMPLATE_LAYERS),
+        of_template(config, template),
         rows,
         length,
         dtype=torch.bfloat16,
@@ -59,7 +60,7 @@ def test_peaks_are_predicted_within_half_a_percent(cell):
         frees_gradients="freed" in cell or "split" in cell,
         like_cuda=True,
     )
-    predicted_gb = peak_of(tape.stretched(config.num_hidden_layers).events()).allocated / 1e9
+    predicted_gb = peak_of(tape.stretched(template).events()).allocated / 1e9
     assert predicted_gb == pytest.approx(measured_gb, rel=0.005)
 
 

@@ -1,17 +1,22 @@
 """A few traced layers say what a deep model does."""
 
 import pytest
+from transformers import AutoConfig
 
 from lowprec.config import resolve
 from lowprec.machine import named_card
 from lowprec.plan.allocator import CachingAllocator
 from lowprec.plan.ledger import peak_of
-from lowprec.plan.model import with_layers
+from lowprec.plan.model import of_template, period_of
 from lowprec.plan.step import TracedRecipe
-from lowprec.plan.tape import TEMPLATE_LAYERS, NotUniformError
+from lowprec.plan.tape import NotUniformError, Template
 from lowprec.testing import tiny_model
 
 DEPTH = 6
+WINDOWS = {
+    "vocab_size": 272, "hidden_size": 64, "intermediate_size": 128, "num_attention_heads": 4, "num_key_value_heads": 2,
+    "head_dim": 16, "sliding_window": 16,
+}  # fmt: skip
 RECIPES = {
     "full": ["full", "train.gradient_checkpointing=none"],
     "updates in backward": ["full", "train.max_grad_norm=null", "train.gradient_accumulation_steps=1"],
@@ -31,11 +36,21 @@ def recipe_of(name: str, *overrides: str):
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_a_stretched_trace_is_the_trace_of_the_deep_model(name):
-    recipe, card = recipe_of(*RECIPES[name]), named_card("H100")
-    config = tiny_model("llama").config
-    few = TracedRecipe(recipe, with_layers(config, TEMPLATE_LAYERS), card).trace(2, 32)
-    stretched = few.stretched(DEPTH)
-    deep = TracedRecipe(recipe, with_layers(config, DEPTH), card).trace(2, 32)
+    is_stretched_right(recipe_of(*RECIPES[name]), tiny_model("llama", num_hidden_layers=DEPTH).config)
+
+
+@pytest.mark.parametrize("name", ["full", "lora, offload", "lora, selective"])
+@pytest.mark.parametrize("arch, depth", [("gemma2", 9), ("gemma2", 10), ("gemma3_text", 20)])
+def test_layers_whose_types_come_again_are_stretched_by_their_period(name, arch, depth):
+    config = AutoConfig.for_model(arch, num_hidden_layers=depth, **WINDOWS)
+    assert Template(config.num_hidden_layers, period_of(config)).num_layers < config.num_hidden_layers
+    is_stretched_right(recipe_of(*RECIPES[name]), config)
+
+
+def is_stretched_right(recipe, config):
+    card, template = named_card("H100"), Template(config.num_hidden_layers, period_of(config))
+    stretched = TracedRecipe(recipe, of_template(config, template), card).trace(2, 32).stretched(template)
+    deep = TracedRecipe(recipe, config, card).trace(2, 32)
     found, expected = peak_of(stretched.events()), peak_of(deep.events())
     assert (found.allocated, found.parts, found.phase) == (expected.allocated, expected.parts, expected.phase)
     for phase in ("forward", "loss", "backward"):
@@ -52,7 +67,8 @@ def test_a_stretched_trace_is_the_trace_of_the_deep_model(name):
 
 
 def test_layers_that_differ_are_noticed():
-    few = TracedRecipe(recipe_of("lora"), with_layers(tiny_model("llama").config, TEMPLATE_LAYERS), named_card("H100"))
+    template = Template(DEPTH)
+    few = TracedRecipe(recipe_of("lora"), of_template(tiny_model("llama").config, template), named_card("H100"))
     tape = few.trace(1, 16)
     kept = next(run for run in tape.runs if run.phase == "forward" and run.layer == 2)
     number = next(event >> 1 for event in kept.events if event & 1 == 0 and tape.sizes[event >> 1] > 512)
@@ -60,4 +76,22 @@ def test_layers_that_differ_are_noticed():
     goes.events.remove(2 * number + 1)
     next(run for run in tape.runs if run.phase == "backward" and run.layer == 4).events.append(2 * number + 1)
     with pytest.raises(NotUniformError):
-        peak_of(tape.stretched(DEPTH).events())
+        peak_of(tape.stretched(template).events())
+
+
+def test_every_layer_is_of_the_type_of_the_one_that_is_traced_for_it():
+    for depth, period in ((9, 2), (10, 2), (26, 6), (32, 1)):
+        template = Template(depth, period)
+        stands_for = [template.layers_of(traced) for traced in range(template.num_layers)]
+        assert sorted(sum(stands_for, [])) == list(range(depth))
+        for traced, layers in enumerate(stands_for):
+            assert all(template.traced(layer) == traced and (layer - layers[0]) % period == 0 for layer in layers)
+
+
+def test_a_period_is_believed_where_nothing_else_differs_between_layers():
+    def period(arch, **fields):
+        return period_of(AutoConfig.for_model(arch, num_hidden_layers=12, **fields))
+
+    assert [period("llama"), period("gemma2"), period("gemma3_text")] == [1, 2, 6]
+    assert period("gemma2", layer_types=["full_attention"] * 11 + ["sliding_attention"]) == 12
+    assert period("gemma3n_text", num_kv_shared_layers=4) == 12
