@@ -40,15 +40,19 @@ def largest(planner: Planner, recipe: Recipe, limit: float) -> tuple[int, int] |
     if found:
         return found, length
     most = max(length // LENGTH_STEP, 1)
-    steps = last_that_fits(lambda count: planner.predict(recipe, 1, count * LENGTH_STEP).total, limit, most, most, most)
+    steps = last_that_fits(
+        lambda count: planner.predict(recipe, 1, count * LENGTH_STEP).total, limit, most, most, most, second=1
+    )
     return (1, steps * LENGTH_STEP) if steps else None
 
 
-def last_that_fits(need: Callable[[int], int], limit: float, start: int, most: int, believed: int) -> int:
+def last_that_fits(
+    need: Callable[[int], int], limit: float, start: int, most: int, believed: int, second: int | None = None
+) -> int:
     """The largest count up to ``most`` whose need is within the limit, 0 for none.
 
     Needs rise almost along a line, so the line through the two counts nearest to the limit says where to look. Beyond
-    the count ``believed`` it is believed.
+    the count ``believed`` it is believed. Where ``start`` is too much, ``second`` is tried next (by default its half).
     """
     known = {start: need(start)}
     fits, fails = 0, most + 1
@@ -61,7 +65,7 @@ def last_that_fits(need: Callable[[int], int], limit: float, start: int, most: i
         if fails - fits <= 1:
             return fits
         if len(known) == 1:
-            guess = 2 * start if fits else max(start // 2, 1)
+            guess = 2 * start if fits else second or max(start // 2, 1)
         else:
             first, second = sorted(known, key=lambda count: abs(known[count] - limit))[:2]
             slope = max((known[second] - known[first]) / (second - first), 1.0)
