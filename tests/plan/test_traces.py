@@ -7,6 +7,7 @@ import lowprec
 from lowprec.plan import predict
 from lowprec.plan.step import TracedRecipe
 
+
 @pytest.fixture(scope="module")
 def asked(tmp_path_factory):
     """Recipe and keys of a plan for a folder that holds nothing but the config.json of an 8B model."""
