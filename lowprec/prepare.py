@@ -2,7 +2,7 @@
 
 import difflib
 import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from fnmatch import fnmatchcase
 from typing import cast
@@ -16,6 +16,7 @@ from transformers.pytorch_utils import Conv1D
 import lowprec.layers  # noqa: F401  # registers the schemes
 from lowprec.errors import UserError
 from lowprec.fused.surgery import fuse
+from lowprec.layers import fused_experts
 from lowprec.layers.base import WeightScheme
 from lowprec.layers.eight_bit_linear import FrozenEightBitLinear
 from lowprec.layers.report import BF16, LinearRow, WrapReport
@@ -32,6 +33,12 @@ LEFT_ALONE = {
 }
 """Last part of a module's name -> what it is. These stay 16-bit unless a rule names them: they are small or read the
 loss directly, and their noise is not averaged away."""
+
+
+NO_ADAPTER = (
+    "Fused experts in 8 bits take no adapter of their own: PEFT's all-linear then adapts the other layers alone, also "
+    "routers. A rule such as *.experts:bf16 leaves experts as they are."
+)
 
 
 @dataclass(kw_only=True, slots=True)
@@ -75,7 +82,8 @@ def wrap(
     """Convert the linear layers of ``model`` in place, put fused kernels on its other parts, and say what was done.
 
     Every ``nn.Linear`` and transformers ``Conv1D`` is considered. Output heads, classification heads and routers stay
-    16-bit; embeddings and norms are never touched; weights of fused experts (3-D parameters) are listed.
+    16-bit; embeddings and norms are never touched. Fused experts (3-D parameters) are converted where their product
+    is grouped: frozen ones by ``fp8``.
 
     Args:
         model: a Hugging Face model, or any module.
@@ -83,8 +91,9 @@ def wrap(
             scheme object.
         frozen: whether the converted weights will never be trained, so that they may be stored in low precision alone.
             None follows each weight's ``requires_grad``. Pass True before ``get_peft_model``.
-        rules: name pattern (``*`` and ``?``, matched against the whole module path) -> scheme; the first match decides,
-            also for layers that are left alone otherwise. ``{"*.o_proj": "bf16"}`` keeps one kind as it is.
+        rules: name pattern (``*`` and ``?``, matched against the whole module path, of fused experts that of the module
+            which holds them) -> scheme; the first match decides, also for layers that are left alone otherwise.
+            ``{"*.o_proj": "bf16"}`` keeps one kind as it is.
         calibration: keyword arguments of one forward pass (``input_ids``, ...), which ``auto`` judges the noise on.
         device: where each layer is moved just before it is converted, so that a device which only holds the converted
             model never holds the 16-bit one. None converts every layer where it is.
@@ -94,7 +103,8 @@ def wrap(
             device's time alone, without the host's.
 
     Returns:
-        A report with one row for each linear layer, and what became of the other parts. ``print`` shows it as a table.
+        A report with one row for each linear layer and each weight of fused experts, and what became of the other
+        parts. ``print`` shows it as a table.
 
     Raises:
         UserError: an unknown scheme, a rule that matches nothing, or no layer that could be converted.
@@ -103,12 +113,15 @@ def wrap(
     chosen = {pattern: as_scheme(scheme) for pattern, scheme in (rules or {}).items()}
     linears = dict(find_linears(model))
     parameters = sum(p.numel() for p in model.parameters())
-    _check_rules(chosen, list(linears))
+    _check_rules(chosen, [*linears, *(name for name, _ in fused_experts.find_experts(model))])
+
+    def rule_of(name: str) -> WeightScheme | None:
+        return next((scheme for pattern, scheme in chosen.items() if fnmatchcase(name, pattern)), None)
 
     reasons: dict[str, str] = {}
     schemes: dict[str, WeightScheme] = {}
     for name, linear in linears.items():
-        rule = next((scheme for pattern, scheme in chosen.items() if fnmatchcase(name, pattern)), None)
+        rule = rule_of(name)
         part = "lm_head" if linear is _output_head(model) else name.rsplit(".", 1)[-1]
         if rule is None and part in LEFT_ALONE:
             reasons[name] = f"{LEFT_ALONE[part]} (a rule can name it)"
@@ -130,8 +143,9 @@ def wrap(
         del linear
         row.reason = row.reason or reasons.get(name, "")
         rows.append(row)
-    rows += _expert_rows(model, parameters)
-    report = WrapReport(rows, parameters, fused=fuse(model, _device_of(model, device), use_liger_kernel))
+    rows += _convert_experts(model, parameters, lambda name: rule_of(name) or default, frozen, device)
+    notes = [NO_ADAPTER] if any(row.converted and len(row.shape) == 3 for row in rows) else []
+    report = WrapReport(rows, parameters, notes, fuse(model, _device_of(model, device), use_liger_kernel))
     _check_result(report, default, chosen)
     return report
 
@@ -173,7 +187,7 @@ def _convert(model: nn.Module, row: LinearRow, linear: nn.Module, scheme: Weight
         _keep_transposed_state(converted)
     converted.train(training)
     if isinstance(converted, FrozenEightBitLinear):
-        converted.origin = str(getattr(getattr(model, "config", None), "_name_or_path", ""))
+        converted.origin = _name_of(model)
     parent, _, child = row.name.rpartition(".")
     setattr(model.get_submodule(parent), child, converted)
     row.scheme = scheme.option_name
@@ -245,28 +259,49 @@ def _row(name: str, linear: nn.Linear | Conv1D) -> LinearRow:
     )
 
 
-def _expert_rows(model: nn.Module, parameters: int) -> list[LinearRow]:
-    """Fused expert weights: 3-D parameters held by a module whose path names experts. ``parameters``: of the model."""
+def _convert_experts(
+    model: nn.Module,
+    parameters: int,
+    scheme_of: Callable[[str], WeightScheme],
+    frozen: bool | None,
+    device: torch.device | str | None,
+) -> list[LinearRow]:
+    """Convert the fused experts that can be, and a row for each of their weights. ``parameters``: of the model."""
     config = getattr(model, "config", None)
     visited = getattr(config, "num_experts_per_tok", None) or getattr(config, "moe_topk", None)
     rows = []
-    for name, parameter in model.named_parameters():
-        if parameter.ndim != 3 or "expert" not in name.lower():
-            continue
-        share = (visited or parameter.shape[0]) / parameter.shape[0]
-        rows.append(
+    for path, experts in list(fused_experts.find_experts(model)):
+        scheme = scheme_of(path)
+        weights = {name: experts.get_parameter(name) for name in fused_experts.weight_names(experts)}
+        mine = [
             LinearRow(
-                name=name,
-                shape=list(parameter.shape),
+                name=f"{path}.{name}",
+                shape=list(weight.shape),
                 scheme=BF16,
                 kernel="the model's own",
-                reason=f"fused experts, {parameter.numel() / parameters:.1%} of the model's parameters: there is no "
-                "grouped 8-bit product for them",
-                parameters=parameter.numel(),
-                flops_per_token=2.0 * parameter.numel() * share,
+                parameters=weight.numel(),
+                flops_per_token=2.0 * weight.numel() * (visited or weight.shape[0]) / weight.shape[0],
             )
-        )
+            for name, weight in weights.items()
+        ]
+        never_trained = not any(weight.requires_grad for weight in weights.values()) if frozen is None else frozen
+        del weights  # the last references but the model's
+        reason = fused_experts.why_not(experts, scheme, never_trained)
+        if reason is None:
+            fused_experts.convert(experts, scheme, device, _name_of(model))
+        for row in mine:
+            if reason is None:
+                row.scheme, row.kernel = scheme.option_name, fused_experts.kernel(experts)
+            else:
+                share = row.parameters / parameters
+                row.reason = f"fused experts, {share:.1%} of the model's parameters: {reason}"
+        rows += mine
     return rows
+
+
+def _name_of(model: nn.Module) -> str:
+    """Where the model was loaded from, empty where it does not say."""
+    return str(getattr(getattr(model, "config", None), "_name_or_path", ""))
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

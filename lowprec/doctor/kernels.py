@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from lowprec.doctor.check import Check, attempt
 from lowprec.doctor.numerics import SIZE, judged, random_pair
 from lowprec.ops.backends import Backend
+from lowprec.ops.scaled_grouped_matmul import no_grouped_product
 from lowprec.ops.scaled_matmul import fuses
 
 GROUP = "lowprec's kernels"
@@ -76,6 +77,11 @@ def trials(device: torch.device) -> Iterator[Trial]:
         adapted = (*product, low, up)
         if fuses(16, low.dtype, device):
             yield Trial(f"{kind} product with an adapter", _backends("scaled_matmul"), partial(tuple, adapted), without)
+        if kind == "fp8":
+            without = ("torch._scaled_grouped_mm",) if no_grouped_product(device) else ()
+            ends = torch.tensor([SIZE // 4, SIZE // 4, SIZE], dtype=torch.int32, device=device)
+            experts = (a, scale_a, b.expand(3, -1, -1).contiguous(), scale_b.repeat(3, 1), ends, torch.bfloat16, True)
+            yield Trial("fp8 grouped product", _backends("scaled_grouped_matmul"), partial(tuple, experts), without)
     packed = _packed(x)
     yield Trial("NF4 decoding", _backends("decode_nf4"), lambda: (packed, SIZE, torch.empty_like(x), None, 1, 1, False))
     targets = torch.arange(SIZE, device=device)

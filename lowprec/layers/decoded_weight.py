@@ -1,6 +1,7 @@
 """The weight of a layer that stores codes alone, as others read it: decoded when its numbers are needed, and not to be
 written to."""
 
+import warnings
 from collections.abc import Callable
 from typing import Any, NoReturn
 
@@ -69,3 +70,13 @@ class DecodedWeight(torch.Tensor):
             "this weight is stored as 8-bit codes and cannot be written to. To merge an adapter, use `lowprec merge`, "
             "which reads the original 16-bit files; to train the weight itself, wrap the model with frozen=False."
         )
+
+
+def warn_that_decoded_is_saved(origin: str) -> None:
+    """Say that a state dict of codes is none of the model's own weights. ``origin``: where those are, or empty."""
+    warnings.warn(
+        "the base is stored in 8 bits: a state dict holds its decoded weights, not the original ones"
+        f"{f' ({origin})' if origin else ''}. Adapters are not affected; to merge one, use "
+        "`lowprec merge`, which reads the original files.",
+        stacklevel=3,
+    )

@@ -69,6 +69,12 @@ def decoded_weight(codes: Codes, plan: Plan, dtype: torch.dtype) -> torch.Tensor
     return _rotated(dequantize(codes.codes, codes.scale), plan.in_block).to(dtype)
 
 
+def in_autocast_dtype(x: torch.Tensor) -> torch.Tensor:
+    """``x``, cast where autocast is on, as PyTorch's own products cast their inputs."""
+    device = x.device.type
+    return x.to(torch.get_autocast_dtype(device)) if torch.is_autocast_enabled(device) else x
+
+
 class SharedInput:
     """The input ``[tokens, in]`` of several products, quantised once for each way in which they want it."""
 

@@ -7,7 +7,7 @@ import torch
 from torch import nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from lowprec.layers.decoded_weight import DecodedWeight
+from lowprec.layers.decoded_weight import DecodedWeight, warn_that_decoded_is_saved
 from lowprec.layers.eight_bit import (
     Codes,
     FrozenProduct,
@@ -17,6 +17,7 @@ from lowprec.layers.eight_bit import (
     error_codes,
     fold_factor,
     frozen_transposed_weight,
+    in_autocast_dtype,
     input_gradient,
     shared_forward_product,
     transposed_weight,
@@ -39,8 +40,7 @@ class _EightBitLinear(nn.Linear):
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         """``x [..., in]`` to ``[..., out]`` in the dtype of ``x``, or in autocast's where that is on."""
-        if torch.is_autocast_enabled(x.device.type):
-            x = x.to(torch.get_autocast_dtype(x.device.type))
+        x = in_autocast_dtype(x)
         y = self._product(x.reshape(-1, self.in_features))
         return y.reshape(*x.shape[:-1], self.out_features)
 
@@ -208,12 +208,7 @@ class FrozenEightBitLinear(_EightBitLinear):
         return input_gradient(rows, codes, self.plan, error.shape[0], error.dtype)
 
     def _save_to_state_dict(self, destination: dict, prefix: str, keep_vars: bool) -> None:
-        warnings.warn(
-            "the base is stored in 8 bits: a state dict holds its decoded weights, not the original ones"
-            f"{f' ({self.origin})' if self.origin else ''}. Adapters are not affected; to merge one, use "
-            "`lowprec merge`, which reads the original files.",
-            stacklevel=2,
-        )
+        warn_that_decoded_is_saved(self.origin)
         destination[prefix + "weight"] = self.dequantized_weight().cpu()
         if self.bias is not None:
             destination[prefix + "bias"] = self.bias if keep_vars else self.bias.detach()

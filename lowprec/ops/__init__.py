@@ -8,6 +8,7 @@ from lowprec.ops.fold_scales import fold_scales
 from lowprec.ops.quantize_columns import quantize_columns, requantize_columns
 from lowprec.ops.quantize_rows import quantize_rows
 from lowprec.ops.rotate import rotate
+from lowprec.ops.scaled_grouped_matmul import scaled_grouped_matmul
 from lowprec.ops.scaled_matmul import scaled_matmul
 from lowprec.ops.transpose_codes import transpose_codes
 
@@ -18,6 +19,7 @@ __all__ = [
     "quantize_rows",
     "requantize_columns",
     "rotate",
+    "scaled_grouped_matmul",
     "scaled_matmul",
     "transpose_codes",
 ]

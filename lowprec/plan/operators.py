@@ -56,6 +56,13 @@ def _codes(args: Sequence[Any], outputs: Sequence[torch.Tensor]) -> tuple[Produc
     return (Product(KIND_OF[a.dtype], m, n, k + low.shape[1]),)
 
 
+def _groups(args: Sequence[Any], outputs: Sequence[torch.Tensor]) -> tuple[Product, ...]:
+    """As one product of all rows, since a single kernel runs over the groups: the same operations. That it reads every
+    group's matrix takes longer only where a group has fewer than a few hundred rows."""
+    a, b = args[0], args[2]  # lowprec::scaled_grouped_matmul: [M, K], [groups, N, K]
+    return (Product(KIND_OF[a.dtype], a.shape[0], b.shape[1], a.shape[1]),)
+
+
 def _packed(args: Sequence[Any], outputs: Sequence[torch.Tensor]) -> tuple[Product, ...]:
     a, shape = args[0], args[2]  # bitsandbytes::gemm_4bit
     return (Product(KIND_OF[a.dtype], a.numel() // a.shape[-1], shape[0], shape[1]),)
@@ -76,6 +83,7 @@ _PRODUCTS: dict[Any, Callable] = {
     aten.addmm: lambda args, outputs: _mm(args[1], args[2]),
     aten.addmm_: lambda args, outputs: _mm(args[1], args[2]),
     aten.baddbmm: lambda args, outputs: _mm(args[1], args[2]),
+    aten._grouped_mm: lambda args, outputs: _mm(args[0], args[1]),  # of all rows: see _groups
     aten._scaled_mm: lambda args, outputs: _mm(args[0], args[1]),
     aten._scaled_dot_product_flash_attention: _attention(2, 0),
     aten._scaled_dot_product_flash_attention_backward: _attention(5, 1),
@@ -119,3 +127,4 @@ def know_bitsandbytes() -> None:
 def know_lowprec() -> None:
     """Add lowprec's operators, which exist once ``lowprec.ops`` is imported."""
     _PRODUCTS[torch.ops.lowprec.scaled_matmul] = _codes
+    _PRODUCTS[torch.ops.lowprec.scaled_grouped_matmul] = _groups

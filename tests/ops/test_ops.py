@@ -7,6 +7,7 @@ import pytest
 import torch
 from lowprec_kernels.quantize_rows import cases as cast_cases
 from lowprec_kernels.quantize_rows.reference import FP8, dequantize
+from lowprec_kernels.scaled_grouped_matmul import cases as group_cases
 from lowprec_kernels.scaled_matmul import cases as product_cases
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -16,8 +17,30 @@ from lowprec.testing import sqnr_db
 
 MODULES = {
     name: sys.modules[f"lowprec.ops.{name}"]
-    for name in ("fold_scales", "quantize_columns", "quantize_rows", "rotate", "scaled_matmul", "transpose_codes")
+    for name in (
+        "fold_scales",
+        "quantize_columns",
+        "quantize_rows",
+        "rotate",
+        "scaled_grouped_matmul",
+        "scaled_matmul",
+        "transpose_codes",
+    )
 }
+
+
+def grouped(case: group_cases.Case, device: str, transposed: bool):
+    """Operands of a grouped product; the second as it is stored, or a view of all groups transposed at once."""
+    generator = torch.Generator().manual_seed(0)
+    groups, rows = len(case.sizes), sum(case.sizes)
+    a, scale_a = ops.quantize_rows(torch.randn(rows, case.k, generator=generator).to(device), 1, FP8)
+    width = case.n if transposed else case.k
+    b, _ = ops.quantize_rows(torch.randn(groups * case.n * case.k // width, width, generator=generator), 1, FP8)
+    b = b.to(device)
+    b = ops.transpose_codes(b).view(case.n, groups, case.k).transpose(0, 1) if transposed else b.view(groups, -1, width)
+    scale_b = torch.rand(groups, case.n, generator=generator).to(device)
+    ends = torch.tensor(case.sizes).cumsum(0).to(device, torch.int32)
+    return a, scale_a, b, scale_b, ends, torch.bfloat16, True
 
 
 def calls(device: str = "cpu"):
@@ -36,6 +59,7 @@ def calls(device: str = "cpu"):
         low = (x[:, :8].bfloat16(), x[:, 8:16])
         yield ops.scaled_matmul, (codes, scale, codes, scale, None, torch.bfloat16, True, *low)
     yield ops.transpose_codes, (ops.quantize_rows(x, 1, FP8)[0], torch.ones(40, device=device))
+    yield ops.scaled_grouped_matmul, grouped(group_cases.SMALL[2], device, True)
     yield ops.fold_scales, (torch.rand(40, device=device),)
     yield ops.fold_scales, (torch.rand(40, device=device), torch.rand(40, device=device), 64)
     yield ops.rotate, (x, 16)
@@ -134,3 +158,19 @@ def test_products_on_the_gpu(case, dtype, fast):
             assert sqnr_db(exact, backend.run(*arguments)) > 45, backend.name
             ran += 1
     assert ran >= 2
+
+
+@pytest.mark.gpu
+@pytest.mark.parametrize("transposed", [False, True])
+@pytest.mark.parametrize("case", [*group_cases.SMALL, group_cases.LAYER], ids=str)
+def test_grouped_products_on_the_gpu(case, transposed):
+    """Sizes of groups are no multiple of anything, and some groups are empty."""
+    a, scale_a, b, scale_b, ends, *rest = grouped(case, "cuda", transposed)
+    backend = MODULES["scaled_grouped_matmul"].BACKENDS[0]
+    if reason := backend.why_not(a, scale_a, b, scale_b, ends, *rest):
+        pytest.skip(reason)
+    operands = (a.cpu(), scale_a.double().cpu(), b.cpu(), scale_b.double().cpu(), ends.cpu())
+    exact = MODULES["scaled_grouped_matmul"].BACKENDS[-1].run(*operands, torch.float64)
+    for fast in (True, False):
+        found = backend.run(a, scale_a, b, scale_b, ends, torch.bfloat16, fast)
+        assert sqnr_db(exact, found.cpu()) > 45
