@@ -286,7 +286,7 @@ def _convert_experts(
         ]
         never_trained = not any(weight.requires_grad for weight in weights.values()) if frozen is None else frozen
         del weights  # the last references but the model's
-        reason = fused_experts.why_not(experts, scheme, never_trained)
+        reason = fused_experts.why_not(experts, scheme, never_trained, device)
         if reason is None:
             fused_experts.convert(experts, scheme, device, _name_of(model))
         for row in mine:

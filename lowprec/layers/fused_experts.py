@@ -14,6 +14,7 @@ from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS
 from lowprec.layers.base import WeightScheme
 from lowprec.layers.eight_bit_schemes import EightBit
 from lowprec.layers.expert_weights import FrozenExpertWeights
+from lowprec.layers.report import BF16
 from lowprec.ops.backends import FP8, choose
 from lowprec.ops.scaled_grouped_matmul import BACKENDS, MOST_GROUPS, no_grouped_product
 
@@ -33,14 +34,19 @@ def weight_names(experts: nn.Module) -> list[str]:
     return [name for name, p in experts.named_parameters(recurse=False) if p.ndim == 3]
 
 
-def why_not(experts: nn.Module, scheme: WeightScheme, frozen: bool) -> str | None:
+def why_not(
+    experts: nn.Module, scheme: WeightScheme, frozen: bool, device: torch.device | str | None = None
+) -> str | None:
     """Why these experts cannot be converted, in words for the report; None where they can.
 
     Args:
         frozen: whether their weights will never be trained.
+        device: where they will be; None: where they are.
     """
     if isinstance(experts, FrozenExpertWeights):
         return "they are in 8 bits already"
+    if scheme.option_name == BF16:
+        return "16 bits were asked for"
     weights = [experts.get_parameter(name) for name in weight_names(experts)]
     if not all(_has_grouped_product(scheme, weight) for weight in weights):
         return (
@@ -48,7 +54,11 @@ def why_not(experts: nn.Module, scheme: WeightScheme, frozen: bool) -> str | Non
         )
     if not frozen:
         return "they are trained: no grouped 8-bit product gives gradients of weights"
-    return _why_not_module(experts) or next(filter(None, map(_why_not_weight, weights)), None)
+    place = weights[0].device if device is None else torch.device(device)
+    reasons = [_why_not_module(experts), *map(_why_not_weight, weights)]
+    if place.type == "cuda":
+        reasons.append(no_grouped_product(place))
+    return next(filter(None, reasons), None)
 
 
 def _has_grouped_product(scheme: WeightScheme, weight: torch.Tensor) -> bool:
@@ -85,9 +95,7 @@ def _why_not_weight(weight: torch.Tensor) -> str | None:
         return f"the grouped product takes at most {MOST_GROUPS} experts, there are {experts}"
     if weight.dtype not in (torch.float32, torch.float16, torch.bfloat16):
         return f"their weights are {weight.dtype}"
-    if weight.device.type == "meta":
-        return "their weights are not loaded (meta device)"
-    return no_grouped_product(weight.device) if weight.device.type == "cuda" else None
+    return "their weights are not loaded (meta device)" if weight.device.type == "meta" else None
 
 
 def convert(experts: nn.Module, scheme: WeightScheme, device: torch.device | str | None, origin: str) -> None:

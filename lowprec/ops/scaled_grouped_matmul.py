@@ -8,6 +8,8 @@ from lowprec_kernels.scaled_grouped_matmul import reference
 
 from lowprec.ops.backends import FP8, Backend, choose, define
 
+CAPABILITY = (9, 0)
+"""PyTorch compiles its kernel for row scales for this one alone (ScaledGroupMM.cu)."""
 MOST_GROUPS = 1023
 """Of ``torch._scaled_grouped_mm``, which prepares all of them in one block of threads."""
 
@@ -18,7 +20,7 @@ def no_grouped_product(device: torch.device) -> str | None:
     if device.type != "cuda":
         return f"torch._scaled_grouped_mm runs on CUDA devices, the tensor is on {device.type}"
     capability = torch.cuda.get_device_capability(device)
-    if capability != (9, 0):  # PyTorch compiles its kernel for row scales for that one alone (ScaledGroupMM.cu)
+    if capability != CAPABILITY:
         return f"torch._scaled_grouped_mm needs compute capability 9.0, this GPU has {capability[0]}.{capability[1]}"
     return None
 

@@ -12,7 +12,7 @@ from lowprec.plan.activations import keep_activations_like
 from lowprec.plan.follow import find_layers
 from lowprec.plan.graphs import in_graphs
 from lowprec.plan.liger_like import put_liger_like
-from lowprec.plan.schemes import without_data
+from lowprec.plan.schemes import experts_left_alone, without_data
 from lowprec.plan.tape import Template
 from lowprec.prepare import wrap
 
@@ -61,12 +61,13 @@ def build_model(recipe: Recipe, config: Any, machine: Machine) -> tuple[Any, Wra
     outside = sum(p.numel() for p in model.parameters()) - inside
     # A packed row is taken as one sample, which takes the same memory and no less time.
     attend_without_masks(model, recipe.data.max_length + recipe.train.sample_max_new_tokens)
+    rules = {pattern: without_data(s, machine) for pattern, s in recipe.wrap.schemes(recipe.weights).items()}
     with warnings.catch_warnings():  # what a user should know of the scheme, training says
         warnings.simplefilter("ignore")
         report = wrap(
             model,
             without_data(recipe.weights, machine),
-            rules={pattern: without_data(s, machine) for pattern, s in recipe.wrap.schemes(recipe.weights).items()},
+            rules=experts_left_alone(model, machine) | rules,
             frozen=recipe.choice("adapter") != "none",
             use_liger_kernel=False,
             in_graphs=in_graphs(recipe),

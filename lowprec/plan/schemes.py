@@ -9,10 +9,13 @@ from torch import nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
 from lowprec.layers.auto import Auto
+from lowprec.layers.bf16 import BF16
 from lowprec.layers.decode_buffer import decode_buffer
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Int8Hadamard
+from lowprec.layers.fused_experts import find_experts
 from lowprec.layers.nf4 import AUTO, NF4, PRODUCTS
 from lowprec.machine import Machine
+from lowprec.ops.scaled_grouped_matmul import CAPABILITY
 
 PREDICTED = "predicted to be the fastest"
 TYPICAL_DB = {"fp8": 28.0, "int8": 37.0}
@@ -128,6 +131,14 @@ def without_data(weights: Any, machine: Machine) -> Any:
     if stand_in is None:
         return weights
     return stand_in(machine=machine, **{field.name: getattr(weights, field.name) for field in fields(weights)})
+
+
+def experts_left_alone(model: nn.Module, machine: Machine) -> dict[str, BF16]:
+    """Rules for fused experts that the machine's card does not multiply in 8 bits, which tensors without data, on the
+    processor, do not tell."""
+    if machine.capability in (None, CAPABILITY):
+        return {}
+    return {path: BF16() for path, _ in find_experts(model)}
 
 
 def lend_once(model: nn.Module) -> torch.Tensor | None:

@@ -3,6 +3,7 @@
 import copy
 import pickle
 import re
+import weakref
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch import nn
 from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedModel
 
 from lowprec.errors import UserError
+from lowprec.layers import fused_experts
 from lowprec.layers.eight_bit_schemes import Fp8
 from lowprec.layers.expert_weights import FrozenExpertWeights
 from lowprec.ops.scaled_grouped_matmul import no_grouped_product
@@ -163,7 +165,9 @@ def test_memory_and_report():
     model = tiny_moe("qwen3_moe", torch.bfloat16)
     total = sum(p.numel() for p in model.parameters())
     inside = sum(p.numel() for p in model.parameters() if p.ndim == 3)
+    plain = [weakref.ref(p) for p in model.parameters() if p.ndim == 3]
     report = wrap(model, "fp8", rules={"*self_attn*": "bf16"})
+    assert plain and all(reference() is None for reference in plain)
     assert report.parameter_share == pytest.approx(inside / total)
     row = next(row for row in report.rows if row.name.endswith("experts.gate_up_proj"))
     assert row.shape == [4, 64, 64] and row.flops_per_token == row.parameters  # 2 of 4 experts
@@ -262,7 +266,7 @@ def test_one_graph_without_breaks():
         ("mixtral", {}, "int8_hadamard", {}, "not those of int8_hadamard"),
         ("mixtral", {}, "fp8_hadamard", {}, "not those of fp8_hadamard"),
         ("mixtral", {}, Fp8(preset="halo0"), {}, "unrotated with row scales"),
-        ("mixtral", {}, "fp8", {"rules": {"*.experts": "bf16"}}, "not those of bf16"),
+        ("mixtral", {}, "fp8", {"rules": {"*.experts": "bf16"}}, "16 bits were asked for"),
         ("mixtral", {"intermediate_size": 24}, "fp8", {}, "multiples of 16, each is 64 x 24"),
         ("gpt_oss", {"head_dim": 16}, "fp8", {}, r"GptOssExperts stores its weights as \[experts, in, out\]"),
     ],
@@ -275,6 +279,19 @@ def test_why_experts_stay_as_they_are(arch, overrides, weights, options, expecte
         share = row.parameters / sum(p.numel() for p in model.parameters())
         assert re.match(f"fused experts, {share:.1%} of the model's parameters: .*{expected}", row.reason)
     assert loss(model).isfinite()
+
+
+def test_what_a_module_or_a_device_lacks_is_named(monkeypatch):
+    experts = experts_of(tiny_moe("mixtral"))
+    monkeypatch.setattr(fused_experts, "no_grouped_product", lambda device: f"none on {device}")
+    assert fused_experts.why_not(experts, Fp8(), True) is None
+    assert fused_experts.why_not(experts, Fp8(), True, "cuda") == "none on cuda"
+    experts._is_expert_parallel = True
+    assert "spread over processes" in fused_experts.why_not(experts, Fp8(), True)
+    plain = nn.Module()
+    plain.experts = nn.Parameter(torch.ones(2, 16, 16))
+    assert "does not let its product be chosen" in fused_experts.why_not(plain, Fp8(), True)
+    assert "not loaded" in fused_experts.why_not(experts_of(tiny_moe("mixtral")).to("meta"), Fp8(), True)
 
 
 def test_a_rule_names_experts_and_what_is_converted_stays_so():

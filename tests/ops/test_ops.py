@@ -173,4 +173,4 @@ def test_grouped_products_on_the_gpu(case, transposed):
     exact = MODULES["scaled_grouped_matmul"].BACKENDS[-1].run(*operands, torch.float64)
     for fast in (True, False):
         found = backend.run(a, scale_a, b, scale_b, ends, torch.bfloat16, fast)
-        assert sqnr_db(exact, found.cpu()) > 45
+        assert sqnr_db(exact, found.cpu()) > (38 if fast else 45)

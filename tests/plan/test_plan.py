@@ -8,6 +8,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from rich.console import Console
+from transformers import AutoConfig
 
 import lowprec
 from lowprec.cli import EXIT_DOES_NOT_FIT, main
@@ -104,6 +105,21 @@ def test_a_recipe_that_fits_one_row_at_a_time_alone_is_named_with_its_keys(folde
     assert answer["nearest_recipe_also"] == [
         "train.per_device_train_batch_size=1", "train.gradient_accumulation_steps=12"
     ]  # fmt: skip
+
+
+def test_frozen_experts_count_in_8_bits_where_the_card_multiplies_them_so(tmp_path):
+    inner, hidden, experts, depth = 32, 64, 8, 7
+    shape = {"hidden_size": hidden, "num_hidden_layers": depth, "num_attention_heads": 4, "num_key_value_heads": 2}
+    config = AutoConfig.for_model(
+        "mixtral", vocab_size=272, intermediate_size=inner, num_local_experts=experts, **shape
+    )
+    keys = ["data.path=x", "data.max_length=64", "adapter.target_modules=[q_proj,v_proj]", "weights=fp8"]
+    recipe, _ = resolve("lora", [f"model.model_name_or_path={tmp_path}", *keys])
+    found = {card: Planner(config, named_card(card)).predict(recipe) for card in ("H100", "RTX 4090")}
+    weights = 3 * inner * hidden * experts * depth
+    saved = found["RTX 4090"].peak.parts["weights"] - found["H100"].peak.parts["weights"]
+    assert 0.6 * weights < saved < weights  # 2 bytes each, or 1 and the scales of short rows
+    assert found["H100"].schemes["fp8"] == found["RTX 4090"].schemes["fp8"] + 2 * depth
 
 
 def test_what_changes_no_step_is_traced_once(folder, monkeypatch):
