@@ -19,6 +19,7 @@ from lowprec.layers.eight_bit_schemes import Fp8
 from lowprec.layers.expert_weights import FrozenExpertWeights
 from lowprec.ops.scaled_grouped_matmul import no_grouped_product
 from lowprec.prepare import wrap
+from lowprec.profiling.flops import Flops
 from lowprec.testing import sqnr_db
 
 pytestmark = pytest.mark.filterwarnings("ignore:Only", "ignore:.*deprecated")
@@ -245,6 +246,16 @@ def test_autocast():
         assert experts.gate_up_proj_codes(hidden, ends_of([5, 0, 0, 0])).dtype == torch.bfloat16
         y = experts(hidden, chosen, mix)
     assert y.dtype == torch.float32 and y.isfinite().all()
+
+
+def test_operations_are_counted():
+    model = tiny_moe("qwen3_moe")
+    wrap(model, "fp8")
+    with Flops() as flops:
+        hidden = torch.randn(5, 64, requires_grad=True)
+        experts_of(model)(hidden, torch.tensor([[0, 3]] * 5), torch.rand(5, 2)).sum().backward()
+    expected = 2 * 10 * (64 * 64 + 32 * 64)  # 5 tokens visit 2 experts each
+    assert flops.counts == {("forward", "fp8"): expected, ("backward", "fp8"): expected}
 
 
 def test_one_graph_without_breaks():
