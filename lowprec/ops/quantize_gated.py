@@ -55,8 +55,8 @@ def _fake_gradients(error, gate, up, kind, partner=None):
 
 
 quantize_gated = define("quantize_gated(Tensor gate, Tensor up, str kind) -> (Tensor, Tensor)", _run, _fake)
-"""``quantize_gated(gate, up, kind)``: e4m3 codes ``[rows, dim]`` and fp32 scales ``[rows]`` of a(``gate``) * ``up``, all
-``[rows, dim]``; ``kind`` is ``SwiGLU`` or ``GeGLU``; see the reference."""
+"""``quantize_gated(gate, up, kind)``: e4m3 codes ``[rows, dim]`` and fp32 scales ``[rows]`` of a(``gate``) * ``up``,
+both ``[rows, dim]``; ``kind`` is ``SwiGLU`` or ``GeGLU``; see the reference."""
 
 quantize_gated_gradients = define(
     "quantize_gated_gradients(Tensor error, Tensor gate, Tensor up, str kind, Tensor? partner=None)"

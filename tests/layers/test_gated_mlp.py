@@ -1,4 +1,4 @@
-"""A gated MLP of trained fp8 layers computed together, against its layers one by one: bits, what is kept, who refuses."""
+"""A gated MLP of trained fp8 layers computed together, against its layers one by one: bits, memory, who refuses."""
 
 import copy
 

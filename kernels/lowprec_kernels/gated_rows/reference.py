@@ -4,7 +4,7 @@
     SwiGLU: a(g) = g sigmoid(g)        GeGLU: a(g) = g / 2 (1 + tanh(sqrt(2 / pi) (g + 0.044715 g^3)))
 
 All are [rows, dim]. Each of H, dG, dU is rounded to the dtype of G before it is cast, and what leads to it is rounded
-where Liger's kernels round (liger-kernel 0.8.5, ops/swiglu.py and ops/geglu.py): the codes are those of Liger's results.
+where Liger's kernels round (liger-kernel 0.8.5, ops/swiglu.py, ops/geglu.py): the codes are those of Liger's results.
 """
 
 import torch
