@@ -17,8 +17,7 @@ from lowprec.testing import tiny_model
 from tests.fused.test_fuse import Stands, ids, loss_and_gradients, model_of, on_any_device  # noqa: F401
 from tests.layers.test_gated_mlp import Composed
 
-pytestmark = pytest.mark.usefixtures("on_any_device")
-CPU_ALONE = pytest.mark.skipif(torch.cuda.is_available(), reason="the kernels' sigmoid is not PyTorch's")
+pytestmark = pytest.mark.usefixtures("on_any_device", "on_the_processor")
 
 
 @pytest.fixture
@@ -31,10 +30,12 @@ def called(monkeypatch) -> list[str]:
 
 
 @pytest.fixture
-def rounding_like_liger(monkeypatch):
-    """In the place of Liger's functions what rounds where they do, which PyTorch's own operations do not."""
+def on_the_processor(monkeypatch):
+    """Also where there is a GPU; in the place of Liger's products what rounds where they do, which PyTorch's own
+    operations do not."""
     import liger_kernel.ops as ops
 
+    monkeypatch.setattr(mlp, "runs_on", lambda x: True)
     for name, kind in (("LigerSiLUMulFunction", "SwiGLU"), ("LigerGELUMulFunction", "GeGLU")):
         monkeypatch.setattr(ops, name, Stands(lambda gate, up, kind=kind: Composed.apply(gate, up, kind)))
 
@@ -49,9 +50,8 @@ def trained(arch: str = "llama", weights="fp8", **options):
     return model.train(), wrap(model, weights, frozen=False)
 
 
-@CPU_ALONE
 @pytest.mark.parametrize("arch,kind", [("llama", "SwiGLU"), ("gemma", "GeGLU"), ("qwen3", "SwiGLU")])
-def test_models_have_the_bits_of_layers_one_by_one(arch, kind, called, rounding_like_liger, monkeypatch):
+def test_models_have_the_bits_of_layers_one_by_one(arch, kind, called, monkeypatch):
     model, report = trained(arch)
     assert [row.kernel for row in report.fused if row.part == "mlp"] == [
         f"lowprec {kind} with its layers' casts to e4m3"
@@ -123,8 +123,7 @@ def test_adapters_and_evaluations_take_the_layers_one_by_one(called):
     assert not called
 
 
-def test_compiled_layers_are_left_to_the_compiler(called, monkeypatch):
-    monkeypatch.setattr(mlp, "runs_on", lambda x: True)  # whether Triton is interpreted, no compiler can see
+def test_compiled_layers_are_left_to_the_compiler(called):
     model, _ = trained()
     torch._dynamo.reset()
     torch.compile(model.model.layers[0].mlp, backend="eager", fullgraph=True)(torch.randn(4, 64))

@@ -1,5 +1,5 @@
-"""A gated MLP of trained fp8 layers on a GPU: beside its layers around Liger's kernel, without a host sync, and replayed
-as a CUDA graph."""
+"""A gated MLP of trained fp8 layers on a GPU: beside its layers around Liger's kernel, without a host sync, and as a
+CUDA graph."""
 
 import pytest
 import torch
