@@ -18,7 +18,8 @@ from torch import nn
 
 from lowprec import ops
 from lowprec.bench.measure import BenchResult, need_gpu, peak_tflops
-from lowprec.layers.eight_bit import TrainedProduct, transposed_weight, weight_codes
+from lowprec.layers.eight_bit import TrainedOperands, transposed_weight, weight_codes
+from lowprec.layers.eight_bit_functions import trained_product
 from lowprec.layers.eight_bit_linear import TrainedEightBitLinear
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Fp8Hadamard, Int8Hadamard
 from lowprec.layers.nf4 import NF4, PRODUCTS
@@ -165,10 +166,10 @@ def _step_on_codes(layer: TrainedEightBitLinear, x: torch.Tensor, error: torch.T
     """The step of a trained layer whose weight was quantised before, in both layouts."""
     weight = layer.weight.detach()
     forward = weight_codes(weight, layer.plan)
-    backward = transposed_weight(weight, forward, layer.plan)
+    operands = TrainedOperands(forward, transposed_weight(weight, forward, layer.plan))
 
     def step() -> object:
-        y = TrainedProduct.apply(x, layer.weight, layer.bias, *forward, *backward, layer.plan)
+        y = trained_product(x, layer.weight, layer.bias, operands, layer.plan)
         return torch.autograd.grad(y, [x, layer.weight], error)
 
     return step

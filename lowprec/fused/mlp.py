@@ -1,7 +1,9 @@
 """Gated MLPs with Liger's product: down(act(gate(x)) * up(x)), where act(gate) * up is one kernel.
 
 The linear layers stay what they are and where they are: 8-bit, 4-bit, with adapters. The kernel keeps gate and up for
-backward and computes the activation again; PyTorch keeps four tensors of that size.
+backward and computes the activation again; PyTorch keeps four tensors of that size. Where all three layers are trained
+ones of plain ``fp8``, kernels of our own give the product as codes, with the same results
+(``lowprec.layers.gated_mlp``).
 """
 
 from collections.abc import Callable
@@ -13,6 +15,8 @@ from torch.nn import functional as F
 
 from lowprec.fused.liger import runs_on
 from lowprec.fused.stand_in import random_linear, replace_forward, stand_in
+from lowprec.layers import gated_mlp
+from lowprec.layers.eight_bit_linear import TrainedEightBitLinear
 
 _HIDDEN, _INNER = 4, 8
 
@@ -74,17 +78,42 @@ def put_kernel(module: nn.Module, variant: Variant) -> None:
     from liger_kernel.ops import LigerGELUMulFunction, LigerSiLUMulFunction
 
     kernel: Any = {"SwiGLU": LigerSiLUMulFunction, "GeGLU": LigerGELUMulFunction}[variant.product]
+    put_product(module, variant, lambda gate, up: kernel.apply(gate, up), runs_on)
+
+
+def put_product(
+    module: nn.Module,
+    variant: Variant,
+    product: Callable[[torch.Tensor, torch.Tensor], torch.Tensor],
+    runs: Callable[[torch.Tensor], bool] = lambda x: True,
+) -> None:
+    """Let this one MLP multiply gate and up by ``product``, or with its layers' casts, for inputs that ``runs`` takes;
+    others are left to the class."""
 
     def separate(self: Any, x: torch.Tensor) -> torch.Tensor:
-        if not runs_on(x):
+        if not runs(x):
             return type(self).forward(self, x)
-        return self.down_proj(kernel.apply(self.gate_proj(x), self.up_proj(x)))
+        layers = self.gate_proj, self.up_proj, self.down_proj
+        if gated_mlp.takes(*layers):
+            return gated_mlp.gated_mlp(x, *layers, variant.product)
+        return self.down_proj(product(self.gate_proj(x), self.up_proj(x)))
 
     def joined(self: Any, hidden_states: torch.Tensor) -> torch.Tensor:
-        if not runs_on(hidden_states):
+        if not runs(hidden_states):
             return type(self).forward(self, hidden_states)
         # The kernel wants whole rows: two copies here, which its one pass still makes up for.
         gate, up = self.gate_up_proj(hidden_states).chunk(2, dim=-1)
-        return self.down_proj(kernel.apply(gate, up))
+        return self.down_proj(product(gate, up))
 
     replace_forward(module, joined if variant.joined else separate)
+
+
+def why_casts_apart(module: nn.Module, variant: Variant) -> str | None:
+    """Why 8-bit layers of this MLP cast by themselves, in words for the report: None where their casts are part of the
+    product's kernels, empty where no layer is trained in 8 bits, so that there is nothing to say."""
+    layers = [layer for name, layer in module.named_children() if name.endswith("_proj")]
+    if not any(isinstance(layer, TrainedEightBitLinear) for layer in layers):
+        return ""
+    if variant.joined:
+        return "one layer gives gate and up"
+    return gated_mlp.why_not(*(getattr(module, name) for name in ("gate_proj", "up_proj", "down_proj")))

@@ -17,11 +17,18 @@ class FusedRow:
     """What computes them."""
     reason: str = ""
     """Why it is the model's own code; empty where it is not."""
+    note: str = ""
+    """Why the kernel does not do more, where another one would."""
 
     @property
     def fused(self) -> bool:
         return not self.reason
 
     def __str__(self) -> str:
-        why = f" ({self.reason})" if self.reason else ""
-        return f"{self.part}: {self.modules} {self.module} by {self.kernel}{why}"
+        return f"{self.part}: {self.modules} {self.module} by {self.what}"
+
+    @property
+    def what(self) -> str:
+        """The kernel, with the reason or note in brackets."""
+        why = self.reason or self.note
+        return f"{self.kernel} ({why})" if why else self.kernel

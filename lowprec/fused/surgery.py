@@ -1,5 +1,6 @@
 """``fuse(model)``: put the kernels on the modules of one instance that they compute the same results for."""
 
+from collections import Counter
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def fuse(model: nn.Module, device: torch.device, use_liger_kernel: bool = True) 
     rows = []
     for part, candidates in _candidates(model).items():
         for kind, modules in _by_class(candidates).items():
-            rows.append(_put(part, kind, modules, refusal))
+            rows += _put(part, kind, modules, refusal)
     if isinstance(model, PreTrainedModel):
         reason = put_loss(model)
         kernel = "chunks of tokens, never the whole logits" if reason is None else OWN
@@ -60,21 +61,33 @@ def _by_class(modules: list[nn.Module]) -> dict[type[nn.Module], list[nn.Module]
     return classes
 
 
-def _put(part: str, kind: type[nn.Module], modules: list[nn.Module], refusal: str | None) -> FusedRow:
-    row = FusedRow(part=part, module=kind.__name__, modules=len(modules), kernel=OWN, reason=refusal or "")
-    if refusal:
-        return row
-    if any(is_replaced(module) for module in modules):
-        row.reason = "it has a forward of its own already"
-        return row
+def _put(part: str, kind: type[nn.Module], modules: list[nn.Module], refusal: str | None) -> list[FusedRow]:
     recognise: Any = {"norm": norm.recognise, "mlp": mlp.recognise, "rope": rope.recognise}[part]
-    variants = [recognise(module) for module in modules]
-    if not all(variants):
-        row.reason = "it does not compute what the kernel computes, as a trial on small numbers shows"
-        return row
+    reason, variants = refusal, []
+    if not reason and any(is_replaced(module) for module in modules):
+        reason = "it has a forward of its own already"
+    if not reason:
+        variants = [recognise(module) for module in modules]
+        if not all(variants):
+            reason = "it does not compute what the kernel computes, as a trial on small numbers shows"
+    if reason:
+        return [FusedRow(part=part, module=kind.__name__, modules=len(modules), kernel=OWN, reason=reason)]
     put: Any = {"norm": norm.put_kernel, "mlp": mlp.put_kernel, "rope": rope.put_kernel}[part]
+    kernels: Counter[tuple[str, str]] = Counter()
     for module, variant in zip(modules, variants, strict=True):
         put(module, variant)
-    name = {"norm": "RMSNorm", "mlp": getattr(variants[0], "product", ""), "rope": "RoPE"}[part]
-    row.kernel = f"Liger {liger_version()} {name}"
-    return row
+        kernels[_kernel_of(part, module, variant)] += 1
+    return [
+        FusedRow(part=part, module=kind.__name__, modules=count, kernel=kernel, note=note)
+        for (kernel, note), count in kernels.items()
+    ]
+
+
+def _kernel_of(part: str, module: nn.Module, variant: Any) -> tuple[str, str]:
+    """The kernel that was put on the module, and what else to say of it."""
+    if part != "mlp":
+        return f"Liger {liger_version()} {'RMSNorm' if part == 'norm' else 'RoPE'}", ""
+    apart = mlp.why_casts_apart(module, variant)
+    if apart is None:
+        return f"lowprec {variant.product} with its layers' casts to e4m3", ""
+    return f"Liger {liger_version()} {variant.product}", f"casts to 8 bits apart: {apart}" if apart else ""

@@ -1,5 +1,5 @@
-"""The three 8-bit products as functions of tensors, and the two autograd functions made of them. Equations:
-products.py.
+"""The three 8-bit products as functions of tensors. Equations: products.py; autograd functions made of them:
+eight_bit_functions.py, gated_mlp.py.
 
 Shapes: X [tokens, in], W [out, in], Y and E = dL/dY [tokens, out], G [out, in]. Scales stay on the device throughout.
 """
@@ -8,7 +8,6 @@ from typing import NamedTuple
 
 import torch
 from lowprec_kernels.quantize_rows.reference import cast, dequantize, padded_rows, scale_of
-from torch.autograd.function import once_differentiable
 
 from lowprec.layers.products import Plan
 from lowprec.ops import (
@@ -29,6 +28,14 @@ class Codes(NamedTuple):
     scale: torch.Tensor
 
 
+class TrainedOperands(NamedTuple):
+    """What is made of a trained weight: the operand of the forward product, and that of the input gradient where it is
+    kept between calls."""
+
+    forward: Codes
+    backward: Codes | None
+
+
 def weight_codes(weight: torch.Tensor, plan: Plan) -> Codes:
     """The forward product's weight operand ``[out, in]``. Scales that will be folded are powers of two."""
     folded = plan.shares_weight and plan.scale == "row"
@@ -39,11 +46,15 @@ def transposed_weight(weight: torch.Tensor | None, codes: Codes, plan: Plan) -> 
     """The input gradient's weight operand ``[in, out]``, from the forward codes where they serve, else from W."""
     if not plan.shares_weight:
         assert weight is not None
-        return _columns(weight, plan.error_in_block, plan.error_out_block, plan.error_scale, plan.dtype)
+        return _error_weight(weight, plan)
     if plan.scale == "tensor":
         return Codes(transpose_codes(codes.codes), codes.scale)
     factor, largest = fold_scales(codes.scale, None, codes.codes.shape[1])
     return Codes(transpose_codes(codes.codes, factor), largest)
+
+
+def _error_weight(weight: torch.Tensor, plan: Plan) -> Codes:
+    return _columns(weight, plan.error_in_block, plan.error_out_block, plan.error_scale, plan.dtype)
 
 
 def fold_factor(weight: Codes, plan: Plan) -> torch.Tensor | None:
@@ -86,28 +97,26 @@ class SharedInput:
         """As the forward product of ``plan`` reads it."""
         key = (plan.dtype, plan.in_block, plan.scale)
         if key not in self._codes:
-            self._codes[key] = _rows(self.x, plan.in_block, plan.scale, plan.dtype)
+            self._codes[key] = input_codes(self.x, plan)
         return self._codes[key]
 
 
-def shared_forward_product(
-    inputs: SharedInput,
-    weight: Codes,
-    bias: torch.Tensor | None,
-    plan: Plan,
-    low: torch.Tensor | None = None,
-    up: torch.Tensor | None = None,
-) -> torch.Tensor:
-    """Y in the dtype of X, of an input that other products read, too; plus ``low [tokens, r] up [out, r]^T``."""
-    return scaled_matmul(*inputs.codes(plan), *weight, bias, inputs.x.dtype, plan.fast_accumulation, low, up)
+def input_codes(x: torch.Tensor, plan: Plan) -> Codes:
+    """The forward product's input operand ``[tokens, in]``."""
+    return _rows(x, plan.in_block, plan.scale, plan.dtype)
 
 
 def forward_product(
-    x: torch.Tensor, weight: Codes, bias: torch.Tensor | None, plan: Plan, out_dtype: torch.dtype
-) -> tuple[torch.Tensor, Codes]:
-    """Y and the input's codes."""
-    x_codes = _rows(x, plan.in_block, plan.scale, plan.dtype)
-    return scaled_matmul(*x_codes, *weight, bias, out_dtype, plan.fast_accumulation), x_codes
+    x_codes: Codes,
+    weight: Codes,
+    bias: torch.Tensor | None,
+    plan: Plan,
+    out_dtype: torch.dtype,
+    low: torch.Tensor | None = None,
+    up: torch.Tensor | None = None,
+) -> torch.Tensor:
+    """Y, plus ``low [tokens, r] up [out, r]^T``."""
+    return scaled_matmul(*x_codes, *weight, bias, out_dtype, plan.fast_accumulation, low, up)
 
 
 def input_for_backward(x: torch.Tensor, x_codes: Codes, plan: Plan) -> tuple[torch.Tensor, ...]:
@@ -117,6 +126,27 @@ def input_for_backward(x: torch.Tensor, x_codes: Codes, plan: Plan) -> tuple[tor
     if plan.shares_input:
         return x_codes
     return _columns(x, plan.weight_in_block, plan.weight_token_block, plan.weight_scale, plan.dtype)
+
+
+def weight_for_backward(
+    weight: torch.Tensor, operands: TrainedOperands, plan: Plan
+) -> tuple[torch.Tensor, torch.Tensor | None]:
+    """What the input gradient keeps of a trained W: its operand where that outlives the call, else what it is made
+    of."""
+    if operands.backward is not None:
+        return operands.backward
+    return operands.forward if plan.shares_weight else (weight, None)
+
+
+def operand_from_kept(kept: tuple[torch.Tensor, torch.Tensor | None], cached: bool, plan: Plan) -> Codes:
+    """The input gradient's weight operand ``[in, out]``, from what ``weight_for_backward`` gave; ``cached``: it is
+    that."""
+    first, second = kept
+    if not cached and not plan.shares_weight:
+        return _error_weight(first, plan)
+    assert second is not None
+    codes = Codes(first, second)
+    return codes if cached else transposed_weight(None, codes, plan)
 
 
 def error_codes(error: torch.Tensor, plan: Plan, kept: tuple[torch.Tensor, ...] | None) -> Codes:
@@ -151,83 +181,21 @@ def weight_gradient(
     if error_rows is None or not plan.shares_error:
         row = plan.weight_scale == "row"
         error_rows = _rows(error, 1, plan.weight_scale, plan.dtype, row, x_scale if row else None)
+    return shared_weight_gradient(error_rows, x_scale, transpose_codes(x_codes), plan, out_dtype)
+
+
+def shared_weight_gradient(
+    error: Codes, x_scale: torch.Tensor, x_columns: torch.Tensor, plan: Plan, out_dtype: torch.dtype
+) -> torch.Tensor:
+    """G ``[out, in]`` from the row codes of E, and those of X transposed ``[in, tokens']`` with their scales."""
     if plan.weight_scale == "tensor":
-        errors = Codes(transpose_codes(error_rows.codes), error_rows.scale * x_scale)
+        errors = Codes(transpose_codes(error.codes), error.scale * x_scale)
     else:  # the scales lie along the sum: fold them, as powers of two, into the codes of E
-        factor, largest = fold_scales(error_rows.scale, x_scale)
-        errors = Codes(transpose_codes(error_rows.codes, factor), largest)
+        factor, largest = fold_scales(error.scale, x_scale)
+        errors = Codes(transpose_codes(error.codes, factor), largest)
     one = torch.ones_like(errors.scale)
-    grad = scaled_matmul(*errors, transpose_codes(x_codes), one, None, out_dtype, plan.fast_gradients)
+    grad = scaled_matmul(*errors, x_columns, one, None, out_dtype, plan.fast_gradients)
     return _rotated(grad, plan.weight_in_block)
-
-
-class TrainedProduct(torch.autograd.Function):
-    """Y = X W^T + b with both gradients in 8 bits. Kept for backward: the codes of X and of W, 1 byte an element."""
-
-    @staticmethod
-    def forward(ctx, x, weight, bias, weight_forward, weight_scale, weight_backward, backward_scale, plan):
-        codes = Codes(weight_forward, weight_scale)
-        y, x_codes = forward_product(x, codes, bias, plan, x.dtype)
-        wants_x, wants_weight = ctx.needs_input_grad[:2]
-        kept = input_for_backward(x, x_codes, plan) if wants_weight else ()
-        cached = weight_backward is not None
-        mine = (weight_backward, backward_scale) if cached else codes if plan.shares_weight else (weight, None)
-        ctx.save_for_backward(*(mine if wants_x else (None, None)), *kept)
-        ctx.plan, ctx.cached, ctx.tokens = plan, cached, x.shape[0]
-        ctx.x_dtype, ctx.weight_dtype = x.dtype, weight.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, error):
-        first, second, *kept = ctx.saved_tensors
-        plan, error = ctx.plan, error.contiguous()
-        grad_x = grad_weight = grad_bias = rows = None
-        if ctx.needs_input_grad[0]:
-            rows = error_codes(error, plan, tuple(kept) or None)
-            if ctx.cached:
-                operand = Codes(first, second)
-            elif plan.shares_weight:
-                operand = transposed_weight(None, Codes(first, second), plan)
-            else:
-                operand = transposed_weight(first, Codes(first, second), plan)
-            grad_x = input_gradient(rows, operand, plan, ctx.tokens, ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_weight = weight_gradient(error, rows, tuple(kept), plan, ctx.weight_dtype)
-        if ctx.needs_input_grad[2]:
-            grad_bias = error.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_weight, grad_bias, None, None, None, None, None
-
-
-class FrozenProduct(torch.autograd.Function):
-    """Y = X W^T + b and the input gradient in 8 bits, for weights that are stored as codes. Nothing is kept of X."""
-
-    @staticmethod
-    def forward(ctx, x, bias, weight_forward, weight_scale, weight_backward, backward_scale, factor, plan):
-        y, _ = forward_product(x, Codes(weight_forward, weight_scale), bias, plan, x.dtype)
-        both = weight_backward is not None
-        mine = (weight_backward, None) if both else (weight_forward, weight_scale)
-        ctx.save_for_backward(*mine, backward_scale, factor)
-        ctx.plan, ctx.both, ctx.tokens, ctx.x_dtype = plan, both, x.shape[0], x.dtype
-        ctx.bias_dtype = None if bias is None else bias.dtype
-        return y
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx, error):
-        plan, error = ctx.plan, error.contiguous()
-        codes, scale, backward_scale, factor = ctx.saved_tensors
-        grad_x = grad_bias = None
-        if ctx.needs_input_grad[0]:
-            if ctx.both:
-                codes = Codes(codes, backward_scale)
-            else:
-                codes = frozen_transposed_weight(Codes(codes, scale), backward_scale, factor, plan)
-            grad_x = input_gradient(error_codes(error, plan, None), codes, plan, ctx.tokens, ctx.x_dtype)
-        if ctx.needs_input_grad[1]:
-            grad_bias = error.sum(0, dtype=torch.float32).to(ctx.bias_dtype)
-        return grad_x, grad_bias, None, None, None, None, None, None
 
 
 def _rows(

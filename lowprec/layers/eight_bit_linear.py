@@ -10,19 +10,19 @@ from torch._subclasses.fake_tensor import FakeTensor
 from lowprec.layers.decoded_weight import DecodedWeight, warn_that_decoded_is_saved
 from lowprec.layers.eight_bit import (
     Codes,
-    FrozenProduct,
     SharedInput,
-    TrainedProduct,
+    TrainedOperands,
     decoded_weight,
     error_codes,
     fold_factor,
+    forward_product,
     frozen_transposed_weight,
     in_autocast_dtype,
     input_gradient,
-    shared_forward_product,
     transposed_weight,
     weight_codes,
 )
+from lowprec.layers.eight_bit_functions import FrozenProduct, trained_product
 from lowprec.layers.products import FP8, Plan
 from lowprec.layers.weight_cache import WeightCache
 from lowprec.sharded import is_sharded
@@ -73,7 +73,7 @@ class TrainedEightBitLinear(_EightBitLinear):
 
     def forget_codes(self) -> None:
         """Drop the cached codes of the weight."""
-        self._kept: WeightCache[tuple[Codes, Codes | None]] = WeightCache(self.weight)
+        self._kept: WeightCache[TrainedOperands] = WeightCache(self.weight)
 
     def __getstate__(self) -> dict:
         return {name: value for name, value in self.__dict__.items() if name != "_kept"}
@@ -82,29 +82,34 @@ class TrainedEightBitLinear(_EightBitLinear):
         super().__setstate__(state)
         self.forget_codes()
 
-    def _codes(self) -> tuple[Codes, Codes | None]:
-        if self.cache == "none":
-            return weight_codes(self.weight.detach(), self.plan), None
-        return self._kept.get(self.weight, self._make_codes)
-
-    def _make_codes(self) -> tuple[Codes, Codes | None]:
-        weight = self.weight.detach()
-        forward = weight_codes(weight, self.plan)
-        return forward, transposed_weight(weight, forward, self.plan) if self.cache == "both" else None
-
-    def _product(self, x: torch.Tensor) -> torch.Tensor:
-        if not self.training and not torch.is_grad_enabled():
-            bias = None if self.bias is None else self.bias.to(x.dtype)
-            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+    def operands(self) -> TrainedOperands:
+        """The weight's operands as they are now, from the cache where it has them."""
         if not self.weight.requires_grad and torch.is_grad_enabled() and not torch.compiler.is_compiling():
             warnings.warn(
                 "an 8-bit layer that was built for training has a frozen weight now, which keeps its 16-bit copy: call "
                 "wrap(model, ..., frozen=True) before the adapters are attached to store it in 8 bits alone.",
                 stacklevel=2,
             )
-        forward, backward = self._codes()
-        none = (None, None)
-        return TrainedProduct.apply(x, self.weight, self.bias, *forward, *(backward or none), self.plan)
+        if self.cache == "none":
+            return TrainedOperands(weight_codes(self.weight.detach(), self.plan), None)
+        return self._kept.get(self.weight, self._make_operands)
+
+    def _make_operands(self) -> TrainedOperands:
+        weight = self.weight.detach()
+        forward = weight_codes(weight, self.plan)
+        backward = transposed_weight(weight, forward, self.plan) if self.cache == "both" else None
+        return TrainedOperands(forward, backward)
+
+    @property
+    def is_evaluated(self) -> bool:
+        """Whether a call now takes the 16-bit parameter."""
+        return not self.training and not torch.is_grad_enabled()
+
+    def _product(self, x: torch.Tensor) -> torch.Tensor:
+        if self.is_evaluated:
+            bias = None if self.bias is None else self.bias.to(x.dtype)
+            return nn.functional.linear(x, self.weight.to(x.dtype), bias)
+        return trained_product(x, self.weight, self.bias, self.operands(), self.plan)
 
     def dequantized_weight(self) -> torch.Tensor:
         """The weight ``[out, in]``: the parameter itself."""
@@ -195,7 +200,7 @@ class FrozenEightBitLinear(_EightBitLinear):
     ) -> torch.Tensor:
         """Y = X W^T + b + L B^T, ``[tokens, out]``, without autograd: for functions of more than this layer. L
         (``low [tokens, r]``) is in the dtype of X, B (``up [out, r]``) in any."""
-        return shared_forward_product(inputs, self._codes(), bias, self.plan, low, up)
+        return forward_product(inputs.codes(self.plan), self._codes(), bias, self.plan, inputs.x.dtype, low, up)
 
     def base_gradient(self, error: torch.Tensor) -> torch.Tensor:
         """E W, ``[tokens, in]``, for ``error [tokens, out]``, without autograd."""

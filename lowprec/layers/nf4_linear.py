@@ -19,7 +19,7 @@ from torch.autograd.function import once_differentiable
 from torch.nn import functional as F
 
 from lowprec.layers.decode_buffer import decode_buffer
-from lowprec.layers.eight_bit import Codes, SharedInput, error_codes, input_gradient, shared_forward_product
+from lowprec.layers.eight_bit import Codes, SharedInput, error_codes, forward_product, input_gradient
 from lowprec.layers.products import Plan
 from lowprec.ops import decode_nf4, quantize_columns, quantize_rows
 
@@ -120,7 +120,7 @@ class NF4Linear(bnb.nn.Linear4bit):
             assert self.row_bits is not None
             scale = self.row_bits.view(torch.float32)
             decode_nf4(*self.stored, self.out_features, w, scale, plan.in_block)
-            return shared_forward_product(inputs, Codes(w, scale), bias, plan, low, up)
+            return forward_product(inputs.codes(plan), Codes(w, scale), bias, plan, inputs.x.dtype, low, up)
 
     def base_gradient(self, error: torch.Tensor) -> torch.Tensor:
         """E W, ``[tokens, in]``, for ``error [tokens, out]``, without autograd."""

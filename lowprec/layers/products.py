@@ -111,6 +111,12 @@ class Plan:
     fast_gradients: bool
 
     @property
+    def is_plain(self) -> bool:
+        """e4m3, a scale for each row, nothing rotated, and all three products in 8 bits: each operand is cast once."""
+        once = self.shares_weight and self.shares_error and not self.weight_16bit
+        return once and self.dtype == FP8 and self.scale == "row" and self.in_block == 1
+
+    @property
     def shares_weight(self) -> bool:
         """The forward product's weight codes, transposed, serve the input gradient."""
         same = self.error_in_block == self.in_block and self.error_out_block == 1 and self.error_scale == self.scale

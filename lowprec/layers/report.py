@@ -77,8 +77,7 @@ class WrapReport:
         """A line for each kernel with what it computes, then one for each reason why the model's own code stays."""
         lines: dict[str, list[str]] = {}
         for row in sorted(self.fused, key=lambda row: not row.fused):
-            what = f"By {row.kernel}" if row.fused else f"By {row.kernel} ({row.reason})"
-            lines.setdefault(what, []).append(f"{row.modules} {row.module} ({row.part})")
+            lines.setdefault(f"By {row.what}", []).append(f"{row.modules} {row.module} ({row.part})")
         return [f"{what}: {', '.join(parts)}." for what, parts in lines.items()]
 
     def to_dict(self) -> dict:

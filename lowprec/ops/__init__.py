@@ -6,6 +6,7 @@ Importing this package loads no Triton and touches no device; a backend loads it
 from lowprec.ops.decode_nf4 import decode_nf4
 from lowprec.ops.fold_scales import fold_scales
 from lowprec.ops.quantize_columns import quantize_columns, requantize_columns
+from lowprec.ops.quantize_gated import quantize_gated, quantize_gated_gradients
 from lowprec.ops.quantize_rows import quantize_rows
 from lowprec.ops.rotate import rotate
 from lowprec.ops.scaled_grouped_matmul import scaled_grouped_matmul
@@ -16,6 +17,8 @@ __all__ = [
     "decode_nf4",
     "fold_scales",
     "quantize_columns",
+    "quantize_gated",
+    "quantize_gated_gradients",
     "quantize_rows",
     "requantize_columns",
     "rotate",

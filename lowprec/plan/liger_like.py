@@ -1,5 +1,6 @@
 """Stand-ins for Liger's kernels over tensors without data: they allocate and keep what ``liger_kernel.ops`` does, and
-compute nothing. Where they go is decided as ``lowprec.fused`` decides it."""
+compute nothing. Where they go is decided as ``lowprec.fused`` decides it; MLPs whose layers' casts are part of their
+product run as they are, since its operators know what they return."""
 
 from types import FunctionType
 from typing import Any
@@ -25,18 +26,10 @@ def put_liger_like(model: nn.Module, sm_count: int) -> None:
             replace_forward(module, lambda self, x: _Norm.apply(x, self.weight, sm_count))
     for module, found in mlps:
         if found is not None:
-            replace_forward(module, _joined if found.joined else _separate)
+            mlp.put_product(module, found, _Gated.apply)
     for module in attentions:
         in_place = all(isinstance(getattr(module, name, None), nn.Module) for name in ("q_proj", "k_proj", "v_proj"))
         replace_forward(module, _with_stand_in(type(module), in_place))
-
-
-def _separate(self: Any, x: Tensor) -> Tensor:
-    return self.down_proj(_Gated.apply(self.gate_proj(x), self.up_proj(x)))
-
-
-def _joined(self: Any, hidden_states: Tensor) -> Tensor:
-    return self.down_proj(_Gated.apply(*self.gate_up_proj(hidden_states).chunk(2, dim=-1)))
 
 
 def _with_stand_in(kind: Any, in_place: bool) -> FunctionType:

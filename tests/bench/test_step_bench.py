@@ -19,6 +19,7 @@ TINY = {
     "head": ((256, 64, 1024, True),),
     "rmsnorm": ((256, 512),),
     "swiglu": ((256, 1024),),
+    "gated_casts": ((256, 1024, "SwiGLU"), (256, 1024, "GeGLU")),
     "rope": ((256, 8, 2, 64),),
     "adamw": ((2048,),),
     "gradient_norm": ((5000,),),
@@ -144,6 +145,7 @@ def test_every_way_is_measured(name):
     ways = {row["way"].split(" of ")[0].split(":")[0] for row in result.rows}
     expected = {
         "head": {"Liger", "chunks", "all logits"},
+        "gated_casts": {"lowprec", "Liger, then the cast", "Liger, then the casts"},
         "low_rank_product": {"rank 16 by addmm_ after it", "rank 64 by addmm_ after it"},
         "attention": {"lowprec", "SDPA, FLASH_ATTENTION"},
         "packed_attention": {"lowprec", "SDPA, sample by sample"},

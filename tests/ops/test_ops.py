@@ -20,6 +20,7 @@ MODULES = {
     for name in (
         "fold_scales",
         "quantize_columns",
+        "quantize_gated",
         "quantize_rows",
         "rotate",
         "scaled_grouped_matmul",
@@ -58,6 +59,9 @@ def calls(device: str = "cpu"):
         yield ops.scaled_matmul, (codes, scale, codes, scale, scale, torch.float32, True)
         low = (x[:, :8].bfloat16(), x[:, 8:16])
         yield ops.scaled_matmul, (codes, scale, codes, scale, None, torch.bfloat16, True, *low)
+    for kind in ("SwiGLU", "GeGLU"):
+        yield ops.quantize_gated, (x, x.flip(0), kind)
+        yield ops.quantize_gated_gradients, (x, x.flip(0), x.flip(1), kind, torch.rand(40, device=device))
     yield ops.transpose_codes, (ops.quantize_rows(x, 1, FP8)[0], torch.ones(40, device=device))
     yield ops.scaled_grouped_matmul, grouped(group_cases.SMALL[2], device, True)
     yield ops.fold_scales, (torch.rand(40, device=device),)

@@ -68,6 +68,16 @@ def with_lora(model: Any) -> Any:
     return with_checkpointing(model)
 
 
+def with_8_bit_mlps(model: Any) -> Any:
+    """Trained ``fp8`` layers, and Liger's stand-ins between those that are not computed together."""
+    from lowprec.plan.liger_like import put_liger_like
+    from lowprec.prepare import wrap
+
+    wrap(model, "fp8", frozen=False, use_liger_kernel=False)
+    put_liger_like(model, sm_count=1)
+    return model
+
+
 def with_checkpointing(model: Any) -> Any:
     from lowprec.activations import keep_activations
 

@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import nn
 
+from lowprec.layers import gated_mlp
 from lowprec.plan.ledger import peak_of
 from lowprec.plan.tape import Tape
 from lowprec.plan.tracker import BACKWARD, Tracker
 from lowprec.testing import tiny_model
-from tests.plan.loops import traced, with_checkpointing, with_lora
+from tests.plan.loops import traced, with_8_bit_mlps, with_checkpointing, with_lora
 
 
 def config_of(arch: str):
@@ -29,11 +30,32 @@ def steps(tape: Tape) -> list[tuple[str, int | None, list[tuple[int, int]]]]:
 @pytest.mark.parametrize("prepare", [lambda m: m, with_checkpointing, with_lora], ids=["full", "checkpointed", "lora"])
 def test_a_trace_is_the_real_step(arch, prepare):
     config = config_of(arch)
+    is_traced_right(config, prepare)
+
+
+@pytest.mark.parametrize("arch", ["llama", "gemma"])
+@pytest.mark.parametrize("recompute", [False, True])
+def test_a_trace_of_mlps_with_their_casts_is_the_real_step(arch, recompute, monkeypatch):
+    def prepare(model):
+        model = with_8_bit_mlps(model)
+        return with_checkpointing(model) if recompute else model
+
+    config = config_of(arch)
+    together = is_traced_right(config, prepare, dtype=torch.bfloat16)
+    monkeypatch.setattr(gated_mlp, "takes", lambda *layers: False)
+    apart = is_traced_right(config, prepare, dtype=torch.bfloat16)
+    kept = [peak_of(tape.events()).by_phase["forward"] for tape in (together, apart)]
+    codes = 2 * 24 * (config.hidden_size + 4)  # of X, which gate and up keep for themselves where they are apart
+    layers = 0 if recompute else config.num_hidden_layers
+    assert kept[1] - kept[0] >= layers * codes
+
+
+def is_traced_right(config, prepare, **options) -> Tape:
     config._attn_implementation = "eager"  # the same operators with and without data
     for name in ("resid_pdrop", "embd_pdrop", "attn_pdrop"):
         if hasattr(config, name):
             setattr(config, name, 0.0)
-    trace, real = (traced(config, 2, 24, prepare=prepare, real=real) for real in (False, True))
+    trace, real = (traced(config, 2, 24, prepare=prepare, real=real, **options) for real in (False, True))
     assert peak_of(trace.events()).by_phase == peak_of(real.events()).by_phase
     assert peak_of(trace.events()) == peak_of(real.events())
     assert steps(trace) == steps(real)
@@ -41,6 +63,7 @@ def test_a_trace_is_the_real_step(arch, prepare):
     assert products == [run.products for run in real.runs]
     assert len(steps(real)) == 4
     assert sum(map(len, products)) > 0
+    return trace
 
 
 def test_storages_are_counted_once_and_until_they_are_freed():

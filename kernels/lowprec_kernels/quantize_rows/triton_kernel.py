@@ -65,6 +65,19 @@ def _raised(scale, partner_ptr, row, inside, POWER_OF_TWO: tl.constexpr, PARTNER
 
 
 @triton.jit
+def store_rows(
+    z, q_ptr, s_ptr, partner_ptr, row, column, rows,
+    DIM: tl.constexpr, LARGEST: tl.constexpr, POWER_OF_TWO: tl.constexpr, PARTNER: tl.constexpr,
+):  # fmt: skip
+    """The whole rows ``z [row, column]`` in fp32, zeros outside, as codes and scales."""
+    scale = _scale_of(tl.max(_magnitude_bits(z), 1), LARGEST)
+    scale = _raised(scale, partner_ptr, row, row < rows, POWER_OF_TWO, PARTNER)
+    q = _rounded(z * (1.0 / scale)[:, None], q_ptr.dtype.element_ty)
+    tl.store(q_ptr + row[:, None] * DIM + column[None, :], q, (row < rows)[:, None] & (column < DIM)[None, :])
+    tl.store(s_ptr + row, scale, row < rows)
+
+
+@triton.jit
 def _quantize_rows(
     x_ptr, q_ptr, s_ptr, partner_ptr, rows, stride, tiles, PROGRAMS,
     DIM: tl.constexpr, PADDED: tl.constexpr, BLOCK: tl.constexpr, ROWS: tl.constexpr, NORM: tl.constexpr,
@@ -80,7 +93,6 @@ def _quantize_rows(
         h = signs(BLOCK, FP32)
     for tile in tl.range(tl.program_id(0), tiles, PROGRAMS, num_stages=STAGES):
         row = (tile * ROWS + tl.arange(0, ROWS)).to(tl.int64)
-        inside = (row < rows)[:, None] & (column < DIM)[None, :]
         if BLOCK > 1:
             group_row = (tile * ROWS + i // GROUPS).to(tl.int64)
             there = (group_row < rows) & (start < DIM)
@@ -89,12 +101,9 @@ def _quantize_rows(
             x = x.to(tl.float32) if FP32 else x.to(tl.bfloat16)
             z = tl.reshape(tl.dot(x, h, input_precision="ieee") * NORM, [ROWS, PADDED])
         else:
+            inside = (row < rows)[:, None] & (column < DIM)[None, :]
             z = tl.load(x_ptr + row[:, None] * stride + column[None, :], inside, 0.0).to(tl.float32)
-        scale = _scale_of(tl.max(_magnitude_bits(z), 1), LARGEST)
-        scale = _raised(scale, partner_ptr, row, row < rows, POWER_OF_TWO, PARTNER)
-        q = _rounded(z * (1.0 / scale)[:, None], q_ptr.dtype.element_ty)
-        tl.store(q_ptr + row[:, None] * DIM + column[None, :], q, inside)
-        tl.store(s_ptr + row, scale, row < rows)
+        store_rows(z, q_ptr, s_ptr, partner_ptr, row, column, rows, DIM, LARGEST, POWER_OF_TWO, PARTNER)
 
 
 @triton.jit

@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 import torch
 
 from lowprec.bench.measure import BenchResult, need_gpu
-from lowprec.bench.step import adamw, attention, elementwise, gradient_norm, head, low_rank_product
+from lowprec.bench.step import adamw, attention, elementwise, gated_casts, gradient_norm, head, low_rank_product
 from lowprec.bench.step.call import Call, figures
 from lowprec.errors import UserError
 
@@ -21,6 +21,7 @@ PIECES: dict[str, tuple[Calls, tuple[tuple, ...]]] = {
     "head": (head.calls, head.CASES),
     "rmsnorm": (elementwise.rmsnorm, elementwise.ROWS),
     "swiglu": (elementwise.swiglu, elementwise.INNER_ROWS),
+    "gated_casts": (gated_casts.calls, gated_casts.CASES),
     "rope": (elementwise.rope, elementwise.HEADS),
     "adamw": (adamw.calls, adamw.CASES),
     "gradient_norm": (gradient_norm.calls, gradient_norm.CASES),
