@@ -138,6 +138,20 @@ def test_what_changes_no_step_is_traced_once(folder, monkeypatch):
     assert len(made) == 3
 
 
+def test_one_step_is_traced_for_all_states_of_an_optimizer(folder, monkeypatch):
+    traced = []
+    whole = TracedRecipe._trace
+    monkeypatch.setattr(TracedRecipe, "_trace", lambda self, *size: traced.append(size) or whole(self, *size))
+    planner = Planner(tiny_model("llama", num_hidden_layers=7).config, named_card("RTX 4060"))
+    same = [f"model.model_name_or_path={folder}", "data.path=x", "data.max_length=64"]
+    others = [], ["optimizer.state_dtype=int8"], ["optimizer.master=split"], ["state_store=cpu"]
+    recipes = [resolve("full", [*same, *keys])[0] for keys in others]
+    found = [planner.predict(recipe).peak for recipe in recipes]
+    assert len(traced) == 1 and len({peak.parts["optimizer"] for peak in found}) == len(others)
+    alone = [Planner(planner.config, planner.machine).predict(recipe).peak for recipe in recipes]
+    assert found == alone and len(traced) == 5
+
+
 def test_policies_are_tried_from_the_fastest_on(folder):
     recipe, _ = resolve("lora", [f"model.model_name_or_path={folder}", "data.path=x", "data.max_length=512"])
     chance = torch.get_rng_state()
