@@ -95,6 +95,8 @@ def test_what_does_not_fit_gets_advice_and_another_recipe(folder, full, too_larg
     answer.render(console)
     text = console.export_text()
     assert "does not fit" in text and f"{best.key}={best.value}" in text
+    kwh = answer.to_dict()["footprint_per_step"]["energy_kwh"]
+    assert f"1,000 steps take {1e3 * kwh:.3g} kWh" in text and "kg CO2e (train.grid_g_co2e_per_kwh=473)" in text
 
 
 def test_a_recipe_that_fits_one_row_at_a_time_alone_is_named_with_its_keys(folder):
