@@ -6,6 +6,7 @@ from functools import cache
 import torch
 from lowprec_kernels.scaled_grouped_matmul import reference
 
+from lowprec.errors import UserError
 from lowprec.ops.backends import FP8, Backend, choose, define
 
 CAPABILITY = (9, 0)
@@ -53,6 +54,14 @@ def _run(a, scale_a, b, scale_b, offsets, out_dtype=torch.bfloat16, fast_accumul
     if a.shape[0] == 0:
         return _fake(a, scale_a, b, scale_b, offsets, out_dtype)
     args = (a, scale_a, b, scale_b, offsets, out_dtype, fast_accumulation)
+    if a.device.type == "cuda" and (reason := _no_torch(*args)) is not None:
+        # The reference would run there group by group, each waited for: who wants that calls it by itself.
+        raise UserError(
+            f"Fused experts that are stored in fp8 cannot be multiplied on {a.device}: {reason}. wrap() took them for "
+            'those of another device: name the one that the model will run on, wrap(model, "fp8", device="cuda"), '
+            'which leaves such experts in 16 bits and reports why, or leave them alone by rules={"*.experts": "bf16"} '
+            "(in a recipe, wrap.rules=[*.experts:bf16])."
+        )
     return choose(BACKENDS, *args).run(*args)
 
 

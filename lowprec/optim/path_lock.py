@@ -6,6 +6,7 @@ import os
 import socket
 import time
 from pathlib import Path
+from typing import Self
 
 from lowprec.errors import UserError
 
@@ -43,6 +44,12 @@ class PathLock:
         os.ftruncate(self._descriptor, 0)
         os.pwrite(self._descriptor, json.dumps(owner | {"folder": str(Path.cwd())}).encode(), 0)
 
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(self, *error: object) -> None:
+        self.release()
+
     def _is_current(self) -> bool:
         try:
             return os.fstat(self._descriptor).st_ino == self._file.stat().st_ino
@@ -76,13 +83,10 @@ def clean(path: str | Path) -> dict[str, int]:
     path = Path(path)
     if not path.is_dir():
         raise UserError(f"{path} is not a folder: give the state_store.path of a run.")
-    lock = PathLock(path)
-    try:
+    with PathLock(path):
         removed = {}
         for file in leftovers(path):
             status = file.stat()
             removed[file.name] = status.st_blocks * 512 if status.st_nlink == 1 else 0
             file.unlink()
         return removed
-    finally:
-        lock.release()

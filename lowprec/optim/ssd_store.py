@@ -1,5 +1,6 @@
 """States on one or several disks: read ahead, updated, written behind, through a bounded number of host buffers."""
 
+import math
 import threading
 import time
 from collections import deque
@@ -75,11 +76,19 @@ class SsdStore:
                     f"state_store.path={path}: the page cache takes part in every transfer, because {refusal}."
                 )
         largest = max((slot.length for slot in self._slots), default=0)
-        count = min(int(pinned_gib * GIB) // max(largest, 1), len(self.chunks) + MIN_BUFFERS)
+        useful = len(self.chunks) + MIN_BUFFERS
+        count = min(int(pinned_gib * GIB) // max(largest, 1), useful)
         if count < MIN_BUFFERS:
             raise UserError(
                 f"state_store.pinned_gib={pinned_gib} holds {count} buffers of {largest / 2**20:.1f} MiB, and the "
                 f"store needs {MIN_BUFFERS}: set it to {MIN_BUFFERS * largest / GIB:.2f} at least."
+            )
+        busy = min(2 * threads, useful)  # one for each transfer that there may be at a time
+        if count < busy:
+            enough = math.ceil(busy * largest / GIB * 1000) / 1000
+            self.notes.append(
+                f"state_store.pinned_gib={pinned_gib} holds {count} buffers of {largest / 2**20:.1f} MiB, and there "
+                f"may be {threads} reads and {threads} writes at a time, so the disk will idle: set it to {enough}."
             )
         self._next_number = 0
         self._spares: list[Version] = []

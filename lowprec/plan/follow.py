@@ -6,8 +6,8 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowprec.plan.tape import Tape
-from lowprec.plan.tracker import BACKWARD, FORWARD, LOSS, STILL, Tracker
+from lowprec.plan.tape import STILL, Tape
+from lowprec.plan.tracker import BACKWARD, FORWARD, LOSS, Tracker
 
 CUBLAS_WORKSPACE = {9: 4096 * 8 * 1024}
 """First number of the compute capability -> bytes; others 4096 * 2 + 16 * 8 KiB (ATen/cuda/CublasHandlePool.cpp)."""
@@ -30,8 +30,6 @@ class Followed:
     model: nn.Module
     num_layers: int
     vocab_size: int | None
-    states: Sequence[tuple[str, int]] = ()
-    """(parameter, bytes) of every allocation of the optimizer that outlives the step; "" for a buffer of all."""
     capability: tuple[int, int] = (9, 0)
     prefix: str = field(init=False, default="")
     tracker: Tracker = field(init=False)
@@ -51,7 +49,7 @@ class Followed:
         """The tape of ``step``, which tells its phases by ``begin``. It begins with all that is there before.
 
         Args:
-            buffers: what stays, beside the model and the optimizer's states.
+            buffers: what stays, beside the model. The optimizer's states come by ``Tape.with_states``.
         """
         self.tracker = Tracker(self.vocab_size)
         self.tracker.tape.num_layers = self.num_layers
@@ -75,18 +73,14 @@ class Followed:
         return int(number) if self.prefix and head == "" and number.isdigit() else None
 
     def _lay_out(self, buffers: Sequence[Tensor]) -> None:
-        stays = [(self.layer_of(name), name, tensor, 0) for name, tensor in all_tensors(self.model)]
-        stays += [(self.layer_of(name), name, None, nbytes) for name, nbytes in self.states]  # type: ignore[misc]
+        stays = [(self.layer_of(name), name, tensor) for name, tensor in all_tensors(self.model)]
         gradients = [(name, p.grad) for name, p in self.model.named_parameters() if p.grad is not None]
-        stays += [(self.layer_of(name), GRADIENT, gradient, 0) for name, gradient in gradients]
-        for layer, name, tensor, nbytes in sorted(stays, key=lambda entry: -1 if entry[0] is None else entry[0]):
+        stays += [(self.layer_of(name), GRADIENT, gradient) for name, gradient in gradients]
+        for layer, name, tensor in sorted(stays, key=lambda entry: -1 if entry[0] is None else entry[0]):
             if self.tracker.tape.runs[-1].layer != layer:
                 self.begin(STILL, layer)
-            if tensor is None:
-                self.tracker.reserve(nbytes, "optimizer")
-            else:
-                kind = "gradients" if name == GRADIENT else "adapters" if is_adapter(name) else "weights"
-                self.tracker.hold(tensor, kind)
+            kind = "gradients" if name == GRADIENT else "adapters" if is_adapter(name) else "weights"
+            self.tracker.hold(tensor, kind)
         self.begin(STILL)
         for buffer in buffers:
             self.tracker.hold(buffer, "workspace")

@@ -13,6 +13,7 @@ from lowprec.errors import UserError
 from lowprec.machine import Machine, named_card
 from lowprec.model import AUTO, Model, load_config
 from lowprec.model_source import ModelSource, resolve_source
+from lowprec.optim.options import AdamWOptions
 from lowprec.plan.allocator import CachingAllocator
 from lowprec.plan.follow import CUBLAS_HANDLES, cublas_workspace
 from lowprec.plan.graphs import in_graphs, with_graphs
@@ -136,7 +137,7 @@ class Planner:
     def _found(self, recipe: Recipe, rows: int, length: int) -> "_Traced":
         key = self.key(recipe)
         if (key, rows, length) not in self._tapes:
-            self._tapes[key, rows, length] = self._trace(recipe, key, rows, length)
+            self._tapes[key, rows, length] = self._trace(recipe, self._step_key(recipe), rows, length)
         return self._tapes[key, rows, length]
 
     def _settled(self, recipe: Recipe) -> Recipe:
@@ -146,18 +147,22 @@ class Planner:
         return replace(recipe, model=replace(recipe.model, dtype="bf16" if native else "fp32"))
 
     def key(self, recipe: Recipe) -> str:
-        """What the traced model depends on: neither the size of the batch, nor for how long and with which data it is
+        """What a prediction depends on beside the size of the batch: neither for how long nor with which data it is
         trained."""
+        optimizer = replace(recipe.optimizer, learning_rate=1.0, warmup_ratio=0.0)
+        return repr((self._step_key(recipe), optimizer, recipe.state_store))
+
+    def _step_key(self, recipe: Recipe) -> str:
+        """What the traced step depends on, in which no states of an optimizer take part."""
         more = min(recipe.train.gradient_accumulation_steps, 2)
         untold = {name: getattr(_ANY_TRAIN, name) for name in NOT_TRACED}
         train = replace(recipe.train, gradient_accumulation_steps=more, **untold)
-        optimizer = replace(recipe.optimizer, learning_rate=1.0, warmup_ratio=0.0)
         recipe = self._settled(recipe)
-        groups = recipe.model, recipe.weights, recipe.wrap, recipe.adapter, recipe.state_store
+        groups = recipe.model, recipe.weights, recipe.wrap, recipe.adapter, isinstance(recipe.optimizer, AdamWOptions)
         # Windows shorter than the samples decide what attention computes.
         text, longest = self.config.get_text_config(), recipe.data.max_length + recipe.train.sample_max_new_tokens
         windows = [window for name in WINDOWS if isinstance(window := getattr(text, name, None), int)]
-        return repr((*groups, optimizer, train, [window < longest for window in windows]))
+        return repr((*groups, train, [window < longest for window in windows]))
 
     def _trace(self, recipe: Recipe, key: str, rows: int, length: int) -> "_Traced":
         few = self._depth > self._template.num_layers and key not in self._whole
@@ -165,7 +170,7 @@ class Planner:
             config = of_template(self.config, self._template) if few else self.config
             self._traced[key] = TracedRecipe(recipe, config, self._card)
         traced = self._traced[key]
-        tape: Tape | Stretched = traced.trace(rows, length)
+        tape: Tape | Stretched = traced.trace(rows, length, recipe)
         try:
             if few:
                 if self._template.period > 1 and not traced.has_like_layers:

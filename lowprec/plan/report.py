@@ -8,7 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowprec.config import Recipe
-from lowprec.machine import Machine, footprint
+from lowprec.machine import Footprint, Machine, footprint
 from lowprec.plan.predict import GIB, PARTS, Prediction
 from lowprec.plan.search import Advice, Nearest
 
@@ -39,10 +39,7 @@ class Plan:
         p, time = self.prediction, self.prediction.time
         written = p.states.step_written
         tbw = getattr(self.recipe.state_store, "drive_tbw", None)
-        print_ = None
-        if p.energy_j is not None and time is not None:
-            grid = self.recipe.train.grid_g_co2e_per_kwh
-            print_ = asdict(footprint(p.energy_j, time.total_ms / 3.6e6, grid))
+        print_ = self._footprint()
         return {
             "recipe": self.recipe.name,
             "model": self.recipe.model.model_name_or_path,
@@ -67,7 +64,7 @@ class Plan:
             "step_time_parts_ms": None if time is None else asdict(time),
             "tokens_per_second": p.tokens_per_second,
             "energy_j_per_step": p.energy_j,
-            "footprint_per_step": print_,
+            "footprint_per_step": None if print_ is None else asdict(print_),
             "largest": None
             if self.largest is None
             else {"per_device_train_batch_size": self.largest[0], "max_length": self.largest[1]},
@@ -77,6 +74,13 @@ class Plan:
             "layers": p.schemes,
             "notes": self.notes,
         }
+
+    def _footprint(self) -> Footprint | None:
+        """Of a step; None where its time or the board's limit is not known."""
+        joules, time = self.prediction.energy_j, self.prediction.time
+        if joules is None or time is None:
+            return None
+        return footprint(joules, time.total_ms / 3.6e6, self.recipe.train.grid_g_co2e_per_kwh)
 
     def render(self, console: Console) -> None:
         """The table: a bar for each part, what fits, and what to change."""
@@ -124,10 +128,13 @@ class Plan:
                 f"disk traffic {(p.states.step_read + p.states.step_written) / GIB:.1f} GiB a step" + self._wear()
             )
         if p.time is not None and p.tokens_per_second is not None:
-            energy = "" if p.energy_j is None else f", {p.energy_j:,.0f} J at the board's limit"
             source = "measured rates" if self.machine and self.machine.measured else "datasheet rates"
+            lines.append(f"{p.time.total_ms:,.0f} ms a step, {p.tokens_per_second:,.0f} tokens/s (predicted, {source})")
+        print_ = self._footprint()
+        if print_ is not None and print_.energy_kwh is not None and print_.co2e_g is not None:
             lines.append(
-                f"{p.time.total_ms:,.0f} ms a step, {p.tokens_per_second:,.0f} tokens/s{energy} (predicted, {source})"
+                f"{p.energy_j:,.0f} J a step at the board's limit: 1,000 steps take {1e3 * print_.energy_kwh:.3g} kWh, "
+                f"{print_.co2e_g:.3g} kg CO2e (train.grid_g_co2e_per_kwh={print_.grid_g_co2e_per_kwh:g})"
             )
         if self.fits:
             lines.append(f"[bold green]It fits.[/]{self._room()}")

@@ -27,7 +27,7 @@ from lowprec.train.step import TrainStep
 
 
 class TracedRecipe:
-    """A recipe's model of a few layers, built once without data, of which steps of any size are traced.
+    """A recipe's model of a few layers, built once without data, of which each step of any size is traced once.
 
     Args:
         config: of the model, with as many layers as shall be traced.
@@ -53,7 +53,6 @@ class TracedRecipe:
             self.model,
             self._text.num_hidden_layers,
             self._text.vocab_size,
-            states_of(recipe, self.trained).device,
             machine.capability or (9, 0),
         )
         if updates_in_backward(recipe):
@@ -62,6 +61,9 @@ class TracedRecipe:
         functions = {getattr(module, "_gradient_checkpointing_func", None) for module in self.model.modules()}
         self._offloads = [function for function in functions if isinstance(function, Offload)]
         self.model.register_forward_pre_hook(lambda module, args: self.followed.begin(FORWARD))
+        self._known: dict[tuple[int, int], tuple[Tape, int]] = {}
+        self.offloaded_bytes = 0
+        """What one micro-batch of the last trace sent to the host."""
 
     @contextmanager
     def _without_data(self) -> Iterator[None]:
@@ -88,18 +90,24 @@ class TracedRecipe:
         outside, inside = self._loaded
         return outside + inside * num_layers // self.num_layers
 
-    @property
-    def offloaded_bytes(self) -> int:
-        """What one micro-batch of the last trace sent to the host."""
-        return sum(function.sent_bytes for function in self._offloads)
-
-    def trace(self, rows: int, length: int) -> Tape:
+    def trace(self, rows: int, length: int, recipe: Recipe | None = None) -> Tape:
         """The last micro-batch and the update of the second optimizer step (the first one makes the states).
 
         Args:
             rows, length: of the micro-batch; no token is padding, and all of them are trained. With 0 rows no step is
                 taken, and the tape holds what is there before one.
+            recipe: whose optimizer's states there are, where it is another one that steps alike.
+
+        Raises:
+            UserError: a parameter cannot have states of that format.
         """
+        states = states_of(recipe or self.recipe, self.trained).device
+        if (rows, length) not in self._known:
+            self._known[rows, length] = self._trace(rows, length), sum(f.sent_bytes for f in self._offloads)
+        tape, self.offloaded_bytes = self._known[rows, length]
+        return tape.with_states([(self.followed.layer_of(name), nbytes) for name, nbytes in states])
+
+    def _trace(self, rows: int, length: int) -> Tape:
         for function in self._offloads:
             function.sent_bytes = 0
         try:

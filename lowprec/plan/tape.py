@@ -8,8 +8,8 @@ allocated"; where the layers turn out not to be alike, ``Tape.stretched`` says s
 """
 
 from collections import Counter
-from collections.abc import Iterator
-from dataclasses import dataclass, field
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 from typing import NamedTuple
 
@@ -19,6 +19,10 @@ outside, and of the next ones some is fetched ahead."""
 
 KINDS = ("weights", "adapters", "gradients", "optimizer", "activations", "logits", "workspace")
 """What holds device memory, in the order of reports; there ``slack`` and ``context`` follow."""
+
+
+STILL = "model"
+"""The phase before the step: what is there already."""
 
 
 class Event(NamedTuple):
@@ -117,7 +121,7 @@ class Template:
 
 @dataclass(slots=True)
 class Tape:
-    """Storages are numbered in the order in which they came."""
+    """Storages have numbers of their own, by which ``sizes`` and ``kinds`` are found."""
 
     sizes: list[int] = field(default_factory=list)
     kinds: list[str] = field(default_factory=list)
@@ -126,6 +130,22 @@ class Tape:
 
     def begin(self, phase: str, layer: int | None = None) -> None:
         self.runs.append(Run(phase, layer))
+
+    def with_states(self, states: Sequence[tuple[int | None, int]]) -> "Tape":
+        """This step with an optimizer's ``states`` (layer, bytes) there from the start, behind the weights of their
+        layer and before its gradients. No operator of a step knows of them: one trace serves every optimizer."""
+        tape = replace(self, sizes=[*self.sizes], kinds=[*self.kinds], runs=[*self.runs])
+        places: dict[int | None, list[int]] = {}
+        for layer, nbytes in states:
+            places.setdefault(layer, []).append(2 * len(tape.sizes))
+            tape.sizes.append(nbytes)
+            tape.kinds.append("optimizer")
+        for layer, comes in places.items():
+            number, run = next((i, r) for i, r in enumerate(self.runs) if (r.phase, r.layer) == (STILL, layer))
+            is_gradient = [self.kinds[event >> 1] == "gradients" for event in run.events]
+            at = is_gradient.index(True) if any(is_gradient) else len(run.events)
+            tape.runs[number] = replace(run, events=[*run.events[:at], *comes, *run.events[at:]])
+        return tape
 
     def events(self) -> Iterator[Event]:
         """Every event in turn."""

@@ -11,16 +11,14 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowprec.plan.operators import hidden_bytes, products_of
-from lowprec.plan.tape import Tape
+from lowprec.plan.tape import STILL, Tape
 
 FORWARD, LOSS, BACKWARD, UPDATE = "forward", "loss", "backward", "update"
 PHASES = (FORWARD, LOSS, BACKWARD, UPDATE)
-STILL = "model"
-"""Before the step: what is there already."""
-
 
 _ADD = torch.ops.aten.add.Tensor
 _ASKS_DEVICE = torch.ops.prim.device.default
@@ -48,16 +46,17 @@ class Tracker(TorchDispatchMode):
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict | None = None) -> Any:
         kwargs = kwargs or {}
-        out = func(*args, **kwargs)
         if func is _ASKS_DEVICE:  # half of all calls
-            return out
-        inputs, outputs = list(_tensors(args)), list(_tensors(out))
-        if kwargs:
-            inputs += _tensors(tuple(kwargs.values()))
-        numbers = [self._meet(tensor) for tensor in outputs]
-        self._sum = (self._meet(inputs[0]), numbers[0]) if func is _ADD and _by_autograd() else None
-        if not func.is_view and func.overloadpacket not in _NO_KERNEL and (outputs or func._schema.is_mutable):
-            self._count(func, args, kwargs, inputs, outputs)
+            return args[0].fake_device if type(args[0]) is FakeTensor else func(*args, **kwargs)
+        out = func(*args, **kwargs)
+        with torch._C.DisableTorchFunction():  # to read shapes and storages is no call of the model's
+            inputs, outputs = list(_tensors(args)), list(_tensors(out))
+            if kwargs:
+                inputs += _tensors(tuple(kwargs.values()))
+            numbers = [self._meet(tensor) for tensor in outputs]
+            self._sum = (self._meet(inputs[0]), numbers[0]) if func is _ADD and _by_autograd() else None
+            if not func.is_view and func.overloadpacket not in _NO_KERNEL and (outputs or func._schema.is_mutable):
+                self._count(func, args, kwargs, inputs, outputs)
         return out
 
     def _count(self, func: Any, args: tuple, kwargs: dict, inputs: list, outputs: list) -> None:
@@ -76,7 +75,8 @@ class Tracker(TorchDispatchMode):
 
     def hold(self, tensor: torch.Tensor, kind: str) -> None:
         """Say what a storage is, whether it has been met or not."""
-        self.tape.kinds[self._meet(tensor)] = kind
+        with torch._C.DisableTorchFunction():
+            self.tape.kinds[self._meet(tensor)] = kind
 
     def reserve(self, nbytes: int, kind: str) -> None:
         """Something that stays and is no tensor of the trace."""

@@ -14,7 +14,6 @@ from torch._subclasses.fake_tensor import (
     FakeTensor,
     FakeTensorConverter,
     FakeTensorMode,
-    in_kernel_invocation_manager,
 )
 
 _ASKS_DEVICE = torch.ops.prim.device.default
@@ -52,7 +51,7 @@ class _Result:
 
 
 class _NoData(FakeTensorMode):
-    _known: ClassVar[dict[tuple, tuple[type | None, list[_Result | None]]]] = {}
+    _known: ClassVar[dict[tuple, tuple[type | None, list[_Result | int | None]]]] = {}
     """Call -> the kind of sequence that it returns, and what is in it. Of all models, as PyTorch's own cache is."""
 
     def __init__(self) -> None:
@@ -86,22 +85,21 @@ class _NoData(FakeTensorMode):
                     pass
         return out
 
-    def _make(self, several: type | None, results: list[_Result | None], inputs: list[Tensor]) -> Any:
-        made: list[Tensor | None] = []
+    def _make(self, several: type | None, results: list[_Result | int | None], inputs: list[Tensor]) -> Any:
+        made: list[Tensor | int | None] = []
         for result in results:
-            if result is None:
-                made.append(None)
+            if not isinstance(result, _Result):
+                made.append(result)
                 continue
             if result.same_as is not None:
                 made.append(inputs[result.same_as])
                 continue
             shape, stride, dtype = result.shape, result.stride, result.dtype
-            with in_kernel_invocation_manager(self):
-                if result.shares is None:
-                    plain = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
-                else:
-                    plain = torch.empty(0, dtype=dtype, device="meta")
-                    plain.set_(inputs[result.shares].untyped_storage(), result.offset, shape, stride)
+            if result.shares is None:
+                plain = torch.empty_strided(shape, stride, dtype=dtype, device="meta")
+            else:
+                plain = torch.empty(0, dtype=dtype, device="meta")
+                plain.set_(inputs[result.shares].untyped_storage(), result.offset, shape, stride)
             made.append(FakeTensor(self, plain, result.device))
         return made[0] if several is None else several(made)
 
@@ -121,14 +119,14 @@ def _form(value: Any, inputs: list[Tensor]) -> Any:
     return kind, value  # 1, 1.0 and True are equal
 
 
-def _results(outputs: Any, inputs: list[Tensor]) -> list[_Result | None]:
+def _results(outputs: Any, inputs: list[Tensor]) -> list[_Result | int | None]:
     """How to make the outputs again from inputs of the same form."""
-    found: list[_Result | None] = []
+    found: list[_Result | int | None] = []
     places = [tensor.untyped_storage()._cdata for tensor in inputs]
     new: set[int] = set()
     for out in outputs:
-        if out is None:
-            found.append(None)
+        if out is None or type(out) is int:  # a fused attention's longest sequences
+            found.append(out)
             continue
         if type(out) is not FakeTensor or out.constant is not None or out.layout != torch.strided:
             raise _TooSpecialError

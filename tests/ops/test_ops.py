@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from lowprec import ops
+from lowprec.errors import UserError
 from lowprec.testing import sqnr_db
 
 MODULES = {
@@ -178,3 +179,14 @@ def test_grouped_products_on_the_gpu(case, transposed):
     for fast in (True, False):
         found = backend.run(a, scale_a, b, scale_b, ends, torch.bfloat16, fast)
         assert sqnr_db(exact, found.cpu()) > (38 if fast else 45)
+
+
+def test_groups_are_not_multiplied_by_the_reference_on_a_gpu_without_the_product(monkeypatch):
+    """A converted model was moved there: nothing would tell why it is slow."""
+    module = MODULES["scaled_grouped_matmul"]
+    monkeypatch.setattr(module, "no_grouped_product", lambda device: f"{device} lacks it")
+    codes, *rest = grouped(group_cases.SMALL[2], "cpu", False)
+    with FakeTensorMode():
+        on_gpu = torch.empty(codes.shape, dtype=FP8, device="cuda")
+    with pytest.raises(UserError, match="cannot be multiplied on cuda:0: cuda:0 lacks it.* wrap.rules"):
+        module._run(on_gpu, *rest)

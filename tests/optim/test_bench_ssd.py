@@ -6,6 +6,7 @@ import pytest
 from rich.console import Console
 
 from lowprec.bench import ssd
+from lowprec.bench.raw_disk import AGREE, MOST_PROBES, RawFile
 from lowprec.errors import UserError
 from lowprec.optim import AdamW
 from lowprec.optim.path_lock import PathLock
@@ -55,7 +56,41 @@ def test_the_sustained_rate_decides_and_not_a_lucky_moment(tmp_path, monkeypatch
             return 1.5 if again else 4.0
         return 2.0 if (block, threads) == (2 << 20, 8) else 1.0
 
-    monkeypatch.setattr(ssd._Bench, "rate", rate)
+    monkeypatch.setattr(RawFile, "rate", rate)
     report = ssd.run(tmp_path, size_gib=0.03125)
     assert (report.best.block_mib, report.best.threads, report.sustained_mixed_gb_s) == (2, 8, 2.0)
     assert json.loads((tmp_path / TUNED_FILE).read_text()) == {"chunk_bytes": 2 << 20, "threads": 8}
+
+
+@pytest.mark.parametrize(
+    "rates,probes,settled",
+    [
+        ([2.0], AGREE, True),
+        ([0.2, 0.9, 1.85, 2.0, 1.9], 5, True),  # writes of before go on for two probes
+        ([2.0, 2.0, 1.5, 2.0, 2.0, 2.1], 6, True),
+        ([1.0, 2.0] * MOST_PROBES, MOST_PROBES, False),
+        ([0.0], MOST_PROBES, False),  # a disk that stands still agrees with itself
+    ],
+)
+def test_a_disk_has_settled_when_probes_agree(tmp_path, monkeypatch, rates, probes, settled):
+    """The last rate goes on."""
+    given = iter(rates)
+    monkeypatch.setattr(RawFile, "rate", lambda *args: next(given, rates[-1]))
+    with RawFile(tmp_path, 0.001, 65536, 1) as file:
+        settling = file.settle(65536, 1, 1.0)
+    assert (len(settling.probes_gb_s), settling.settled) == (probes, settled)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_what_a_killed_measurement_left_is_no_hindrance(tmp_path):
+    left = RawFile(tmp_path, 0.001, 65536, 1)
+    with RawFile(tmp_path, 0.001, 65536, 1) as file:
+        assert file.rate("mixed", 65536, 1, 0.1) > 0
+    left._file.close()
+
+
+def test_a_table_says_that_a_disk_never_settled():
+    rate = ssd.Rate(8, 2, 1.0, 1.0, 1.0)
+    for settled in (True, False):
+        report = ssd.SsdReport("disk", True, settled, [rate], rate, 1.0, 6.0)
+        assert ("never settled" in report.table().caption) is not settled

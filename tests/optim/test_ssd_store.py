@@ -191,6 +191,23 @@ def test_host_memory_is_bounded_whatever_the_size_of_a_parameter(tmp_path):
         AdamW([("big", big)], state_store="ssd", path=tmp_path, pinned_gib=0.001)
 
 
+def test_too_few_buffers_for_the_transfers_are_told_with_what_would_do(tmp_path):
+    big = torch.nn.Parameter(torch.zeros(3_000_000))
+    keywords = {"state_store": "ssd", "path": tmp_path, "chunk_bytes": 1 << 20, "threads": 4}
+    scarce = AdamW([("big", big)], pinned_gib=0.005, **keywords)
+    note = next(note for note in scarce.notes if "pinned_gib" in note)
+    assert "pinned_gib=0.005 holds 5 buffers of 1.0 MiB" in note and "4 reads and 4 writes at a time" in note
+    enough = float(note.rpartition("set it to ")[2].rstrip("."))
+    scarce.close()
+    plenty = AdamW([("big", big)], pinned_gib=enough, **keywords)
+    assert enough < 0.01 and not any("pinned_gib" in note for note in plenty.notes)
+    plenty.close()
+    small = torch.nn.Parameter(torch.zeros(1000))  # one chunk: more buffers would stay empty
+    alone = AdamW([("small", small)], pinned_gib=0.0005, **keywords)
+    assert not any("pinned_gib" in note for note in alone.notes)
+    alone.close()
+
+
 def test_a_path_serves_one_run_and_names_it(tmp_path):
     _, optimizer = start(tmp_path)
     with pytest.raises(UserError, match=rf"in use by process {os.getpid()} on "):

@@ -95,6 +95,8 @@ def test_what_does_not_fit_gets_advice_and_another_recipe(folder, full, too_larg
     answer.render(console)
     text = console.export_text()
     assert "does not fit" in text and f"{best.key}={best.value}" in text
+    kwh = answer.to_dict()["footprint_per_step"]["energy_kwh"]
+    assert f"1,000 steps take {1e3 * kwh:.3g} kWh" in text and "kg CO2e (train.grid_g_co2e_per_kwh=473)" in text
 
 
 def test_a_recipe_that_fits_one_row_at_a_time_alone_is_named_with_its_keys(folder):
@@ -136,6 +138,20 @@ def test_what_changes_no_step_is_traced_once(folder, monkeypatch):
     assert more.time.total_ms == pytest.approx(2 * first.time.total_ms, rel=0.2)  # 16 micro-batches instead of 8
     of("train.gradient_accumulation_steps=1", "train.max_grad_norm=0.5"), of("adapter.r=8")
     assert len(made) == 3
+
+
+def test_one_step_is_traced_for_all_states_of_an_optimizer(folder, monkeypatch):
+    traced = []
+    whole = TracedRecipe._trace
+    monkeypatch.setattr(TracedRecipe, "_trace", lambda self, *size: traced.append(size) or whole(self, *size))
+    planner = Planner(tiny_model("llama", num_hidden_layers=7).config, named_card("RTX 4060"))
+    same = [f"model.model_name_or_path={folder}", "data.path=x", "data.max_length=64"]
+    others = [], ["optimizer.state_dtype=int8"], ["optimizer.master=split"], ["state_store=cpu"]
+    recipes = [resolve("full", [*same, *keys])[0] for keys in others]
+    found = [planner.predict(recipe).peak for recipe in recipes]
+    assert len(traced) == 1 and len({peak.parts["optimizer"] for peak in found}) == len(others)
+    alone = [Planner(planner.config, planner.machine).predict(recipe).peak for recipe in recipes]
+    assert found == alone and len(traced) == 5
 
 
 def test_policies_are_tried_from_the_fastest_on(folder):

@@ -9,7 +9,7 @@ from lowprec.plan.allocator import CachingAllocator
 from lowprec.plan.ledger import peak_of
 from lowprec.plan.model import of_template, period_of
 from lowprec.plan.step import TracedRecipe
-from lowprec.plan.tape import NotUniformError, Template
+from lowprec.plan.tape import STILL, NotUniformError, Run, Tape, Template
 from lowprec.testing import tiny_model
 
 DEPTH = 6
@@ -95,3 +95,15 @@ def test_a_period_is_believed_where_nothing_else_differs_between_layers():
     assert [period("llama"), period("gemma2"), period("gemma3_text")] == [1, 2, 6]
     assert period("gemma2", layer_types=["full_attention"] * 11 + ["sliding_attention"]) == 12
     assert period("gemma3n_text", num_kv_shared_layers=4) == 12
+
+
+def test_states_lie_between_the_weights_and_the_gradients_of_their_layer():
+    runs = [Run(STILL, None, [0]), Run(STILL, 0, [2, 4]), Run(STILL, None, [6]), Run("forward", 0, [5])]
+    tape = Tape([8, 8, 4, 2], ["weights", "weights", "gradients", "workspace"], runs, 1)
+    more = tape.with_states([(0, 16), (None, 32), (0, 24)])
+    comes = [(event.phase, event.kind, event.nbytes) for event in more.events() if event.comes]
+    assert comes == [
+        (STILL, "weights", 8), (STILL, "optimizer", 32), (STILL, "weights", 8), (STILL, "optimizer", 16),
+        (STILL, "optimizer", 24), (STILL, "gradients", 4), (STILL, "workspace", 2),
+    ]  # fmt: skip
+    assert tape.with_states([]) == tape and [run.events for run in tape.runs] == [[0], [2, 4], [6], [5]]

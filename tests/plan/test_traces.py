@@ -25,9 +25,9 @@ def test_a_plan_that_does_not_fit_traces_every_size_once(asked, monkeypatch):
             built.append((recipe.choice("weights"), recipe.choice("adapter"), recipe.train.gradient_checkpointing))
             super().__init__(recipe, config, machine)
 
-        def trace(self, rows, length):
+        def _trace(self, rows, length):
             traced.append((rows, length))
-            return super().trace(rows, length)
+            return super()._trace(rows, length)
 
     monkeypatch.setattr(predict, "TracedRecipe", Counted)
     name, keys = asked

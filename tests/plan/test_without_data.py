@@ -14,6 +14,7 @@ CALLS = {
     "out": lambda a: torch.mul(a, 2, out=torch.empty_like(a)),
     "several": lambda a: a.max(0),
     "a list of views": lambda a: a.split(2),
+    "numbers": lambda a: torch.ops.aten._scaled_dot_product_flash_attention(*3 * [a.bfloat16()[None, None]]),
     "nothing": lambda a: torch._foreach_copy_([a], [a]),
     "a number's type": lambda a: torch.ones(3, dtype=torch.int64) * 2,
     "another number's type": lambda a: torch.ones(3, dtype=torch.int64) * 2.0,
@@ -31,7 +32,8 @@ def seen(mode, call):
         return [
             (r.shape, r.stride(), r.storage_offset(), r.dtype, r.device, r is a,
              r.untyped_storage()._cdata == a.untyped_storage()._cdata, r.untyped_storage().nbytes())
-            for r in results if r is not None
+            if isinstance(r, torch.Tensor) else r
+            for r in results
         ]  # fmt: skip
 
 

@@ -4,7 +4,7 @@ import json
 import shutil
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict
+from contextlib import suppress
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -14,15 +14,18 @@ import torch
 from lowprec.bench import ssd
 from lowprec.bench.measure import machine
 from lowprec.bench.processes import figures_of, path_of, read, versions
+from lowprec.bench.raw_disk import RawFile, store_setting
 from lowprec.bench.ssd_training import deepspeed
+from lowprec.bench.ssd_training.raw import RawMeasurement
 from lowprec.bench.ssd_training.table import markdown
 from lowprec.bench.ssd_training.works import KNOWN, TINY_WORK, WORKS, Work
 from lowprec.errors import UserError
+from lowprec.optim.path_lock import PathLock
 from lowprec.optim.stores import read_tuned
 
 RESULTS = "bench_ssd.jsonl"
-RAW_S, RAW_GIB = 9.0, 4.0
 SHORTEST_S = 45  # a process is not begun with less time than this
+RAW = RawMeasurement()
 
 
 def bench_ssd_training(
@@ -31,11 +34,10 @@ def bench_ssd_training(
     path: str | Path,
     peers: Sequence[str] = (),
     minutes: float | None = None,
-    raw_s: float = RAW_S,
-    raw_gib: float = RAW_GIB,
+    raw: RawMeasurement = RAW,
     say: Callable[[str], None] = print,
 ) -> str:
-    """Measure the works over a store in ``path``, each beside the disk's raw rates of that minute; gives the table.
+    """Measure the works over a store in ``path``, each beside the disk's raw rate before and after it; gives the table.
 
     The setting is the one that ``lowprec bench ssd --path P`` kept; where it never ran, it runs first.
 
@@ -45,7 +47,7 @@ def bench_ssd_training(
         peers: ``deepspeed`` (or ``all``), run on the same path right after the first work that it is the peer of.
         minutes: nothing is begun that could not end in that time, and what goes on is ended; call again to go on.
             What is in the results is not repeated.
-        raw_s, raw_gib: seconds and file of the raw measurement before each work.
+        raw: how the disk is measured before and after each work that uses it.
 
     Raises:
         UserError: an unknown work or peer, no GPU, no DeepSpeed.
@@ -67,14 +69,15 @@ def bench_ssd_training(
             done = [row["work"] for row in read(results) if (row["by"], row["gpu"], row["status"]) == (by, on, "ok")]
             if work.name in done or (by == "deepspeed" and any(work.same_peer(KNOWN[name]) for name in done)):
                 continue
-            left = None if minutes is None else 60 * minutes - (time.monotonic() - begin)
-            if left is not None and left < SHORTEST_S:
+            end = None if minutes is None else begin + 60 * minutes
+            needed = SHORTEST_S + (2 * raw.least_s if _on_disk(work, by) else 0)
+            if end is not None and end - time.monotonic() < needed:
                 say("The time is used up; the same command goes on from here.")
                 return _write_table(results)
             say(f"{work.name}: {by} ...")
             row: dict[str, Any] = {"work": work.name, "by": by, "gpu": on, "versions": versions()}
             row |= {"when": datetime.now(UTC).isoformat(timespec="seconds"), "settings": work.to_dict()}
-            row |= _measure(work, by, path, left, raw_s, raw_gib)
+            row |= _measure(work, by, path, end, raw)
             if row["status"] == "time is up":
                 say(f"{work.name}: {by} was ended with the time; it starts again with the next call.")
                 return _write_table(results)
@@ -87,15 +90,40 @@ def bench_ssd_training(
     return _write_table(results)
 
 
-def _measure(work: Work, by: str, path: Path, left: float | None, raw_s: float, raw_gib: float) -> dict[str, Any]:
-    """Figures of one run; where a disk takes part, with ``raw``: the disk's rates just before it."""
-    facts: dict[str, Any] = {}
-    begin = time.monotonic()
-    on_disk = (work.store if by == "lowprec" else work.peer) in ("ssd", "nvme")
-    if on_disk:
-        rate, direct = ssd.quick(path, raw_s, raw_gib)
-        facts["raw"] = asdict(rate) | {"direct": direct}
-    left = None if left is None else left - (time.monotonic() - begin)
+def _on_disk(work: Work, by: str) -> bool:
+    return (work.store if by == "lowprec" else work.peer) in ("ssd", "nvme")
+
+
+def _measure(work: Work, by: str, path: Path, end: float | None, raw: RawMeasurement) -> dict[str, Any]:
+    """Figures of one run, which is over at ``end``; where the disk takes part, with its ``raw`` rates around it."""
+
+    def left(*, but: float = 0.0) -> float | None:
+        return None if end is None else end - time.monotonic() - but
+
+    if not _on_disk(work, by):
+        return _train(work, by, path, left())
+    folder, (block, threads) = path / "raw", store_setting(path)
+    try:
+        # One file for both measurements, beside the store's: that it is laid out and removed is no part of either.
+        with PathLock(folder), RawFile(folder, raw.file_gib, block, threads) as file:
+            with PathLock(path):
+                before = raw.take(file, block, threads, left(but=SHORTEST_S + raw.least_s))
+            for_steps = left(but=raw.least_s)
+            if for_steps is not None and for_steps < SHORTEST_S:
+                return {"status": "time is up"}
+            figures = _train(work, by, path, for_steps)
+            if figures["status"] != "ok":
+                return figures
+            after = raw.take(file, block, threads, left())
+            rates = {"block_mib": block / 2**20, "threads": threads, "direct": file.direct}
+            return figures | {"raw": rates | {"before": before, "after": after}}
+    finally:
+        with suppress(OSError):  # it is not empty where another process measures
+            folder.rmdir()
+
+
+def _train(work: Work, by: str, path: Path, left: float | None) -> dict[str, Any]:
+    """Figures of the work's own process."""
     # DeepSpeed keeps its files: a folder of its own, taken away afterwards.
     place = path if by == "lowprec" else path / "deepspeed"
     arguments, log = [work.name, by, str(place.resolve())], path / f"{work.name}-{by}.log"
@@ -104,7 +132,7 @@ def _measure(work: Work, by: str, path: Path, left: float | None, raw_s: float, 
     finally:
         if place != path:
             shutil.rmtree(place, ignore_errors=True)
-    return facts | figures | {"seconds": round(seconds, 1)}
+    return figures | {"seconds": round(seconds, 1)}
 
 
 def _select(names: Sequence[str]) -> list[Work]:

@@ -6,8 +6,8 @@ from typing import Any
 from lowprec.bench.ssd_training.works import KNOWN
 
 STEPS = (
-    "work", "by", "step s, p50 [of each]", "read + written GB", "disk s at raw mixed", "compute s",
-    "step / the larger", "of raw mixed", "not hidden s", "of DeepSpeed's step",
+    "work", "by", "step s, p50 [of each]", "read + written GB", "GB/s", "of raw mixed: before, after, their mean",
+    "disk s at the mean", "compute s", "step / the larger", "not hidden s", "of DeepSpeed's step",
 )  # fmt: skip
 MEMORY = (
     "work",
@@ -40,9 +40,9 @@ def markdown(rows: list[dict[str, Any]]) -> str:
 
 
 def facts(row: dict[str, Any]) -> dict[str, float]:
-    """What follows from a run's steps after the first: bytes, the disk's time for them, and their shares.
+    """What follows from a run's steps after the first: bytes, their rate, and its shares of the raw disk's.
 
-    ``disk_s`` is the time that the raw mixed rate, measured just before, needs for the bytes of the median step.
+    ``disk_s`` is the time that the bytes of the median step need at the mean of the raw rates before and after.
     """
     later = row["steps"][1:]
     step_s = row["step_s_p50"]
@@ -51,12 +51,20 @@ def facts(row: dict[str, Any]) -> dict[str, float]:
         "written_gb": statistics.median(step["written_gb"] for step in later),
     }
     if "raw" in row:
-        found["disk_s"] = (found["read_gb"] + found["written_gb"]) / row["raw"]["mixed_gb_s"]
-        found["share_of_raw"] = found["disk_s"] / step_s
+        moved_gb = found["read_gb"] + found["written_gb"]
+        rates = _raw_rates(row["raw"])
+        found["gb_s"] = moved_gb / step_s
+        found |= {f"of_{name}": found["gb_s"] / rate for name, rate in rates.items()}
+        found["disk_s"] = moved_gb / rates["mean"]
     if "compute_s" in row:
         found["of_larger"] = step_s / max(row["compute_s"], found.get("disk_s", 0.0))
         found["not_hidden_s"] = step_s - row["compute_s"]
     return found
+
+
+def _raw_rates(raw: dict[str, Any]) -> dict[str, float]:
+    before, after = (raw[when]["mixed_gb_s"] for when in ("before", "after"))
+    return {"before": before, "after": after, "mean": (before + after) / 2}
 
 
 def _step(row: dict[str, Any], newest: dict[tuple[str, str], dict[str, Any]]) -> list[str]:
@@ -73,10 +81,11 @@ def _step(row: dict[str, Any], newest: dict[tuple[str, str], dict[str, Any]]) ->
         row["by"],
         f"{row['step_s_p50']:.2f} [{each}]",
         f"{found['read_gb']:.2f} + {found['written_gb']:.2f}",
+        _number(found.get("gb_s")),
+        ", ".join(f"{found[f'of_{name}']:.0%}" for name in ("before", "after", "mean")) if "raw" in row else "",
         _number(found.get("disk_s")),
         _number(row.get("compute_s")),
         _number(found.get("of_larger")),
-        f"{found['share_of_raw']:.0%}" if "share_of_raw" in found else "",
         _number(found.get("not_hidden_s")),
         share,
     ]
@@ -93,9 +102,16 @@ def _memory(row: dict[str, Any]) -> list[str]:
 def _raw(row: dict[str, Any]) -> str:
     raw = row["raw"]
     how = "O_DIRECT" if raw["direct"] else "through the page cache"
+    rates = ", ".join(f"{name} {rate:.2f}" for name, rate in _raw_rates(raw).items())
+    unsettled = [
+        f" It never settled {when} it ({min(probes):.2f} to {max(probes):.2f} GB/s in {len(probes)} probes): shares of "
+        "that rate are uncertain."
+        for when in ("before", "after")
+        if not raw[when]["settled"] and (probes := raw[when]["probes_gb_s"])
+    ]
     return (
-        f"- The disk before {row['work']} by {row['by']}: read {raw['read_gb_s']:.2f}, write {raw['write_gb_s']:.2f}, "
-        f"mixed {raw['mixed_gb_s']:.2f} GB/s ({raw['block_mib']:g} MiB, {raw['threads']} threads, {how})."
+        f"- The disk alone, before and after {row['work']} by {row['by']}, read + written: {rates} GB/s "
+        f"({raw['block_mib']:g} MiB, {raw['threads']} threads, {how})." + "".join(unsettled)
     )
 
 

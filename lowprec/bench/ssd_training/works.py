@@ -45,8 +45,8 @@ class Work:
 WORKS = {
     work.name: work
     for work in (
-        Work("fp32", "at least 90 % of the raw mixed rate; at most 70 % of DeepSpeed's step", peer="nvme"),
-        Work("int8", "at least 90 % of the raw mixed rate; at most 30 % of DeepSpeed's step", state_dtype="int8",
+        Work("fp32", "at least 90 % of the raw mixed rate (mean); at most 70 % of DeepSpeed's step", peer="nvme"),
+        Work("int8", "at least 90 % of the raw mixed rate (mean); at most 30 % of DeepSpeed's step", state_dtype="int8",
              steps=6, peer="nvme"),
         Work("fp32_cpu", "at most DeepSpeed's step", store="cpu", steps=6, peer="cpu"),
         Work("fp32_clip", "as fp32, with one bf16 copy of the gradients more", max_grad_norm=1.0, steps=4),
