@@ -95,7 +95,8 @@ class Session:
         """Whether the loss or a gradient was not finite, where the loop says so."""
         self._stages = [MEASURED] * steps
         if closely:
-            self._stages += [MEMORY, KERNELS] + ([HISTORY] if self.device.type == "cuda" else [])
+            # Memory last: it is followed on the ordinary path, for which graphs of layers have to make room.
+            self._stages += [KERNELS] + ([HISTORY] if self.device.type == "cuda" else []) + [MEMORY]
         self._host_s_before = 0.0
         self._watches = phases is None
         self._under_way: list[tuple[str, dict[str, float]]] = []
