@@ -12,8 +12,7 @@
     profile.save("profiles/mine")
 
 After the warm-up come the steps that are timed, with probes that wait for nothing; then three that are looked at
-closely and not timed: memory and FLOPs operator by operator, a trace of the kernels, on CUDA the allocator's
-history.
+closely and not timed: a trace of the kernels, on CUDA the allocator's history, memory and FLOPs operator by operator.
 """
 
 import gc
