@@ -21,7 +21,8 @@ from lowprec.train.state import random_state, set_random_state
 from lowprec.train.step import loss_sum
 
 MARGIN = 0.02
-"""Share of the device's memory that is kept free: batches to come are cut otherwise and fragment it."""
+"""Share of the memory that this process may take that is kept free: batches to come are cut otherwise and fragment
+it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -167,7 +168,8 @@ def _fits(
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if device.type == "cuda":
-                reserved_bytes += int(MARGIN * torch.cuda.get_device_properties(device).total_memory)
+                share = MARGIN * torch.cuda.get_per_process_memory_fraction(device)
+                reserved_bytes += int(share * torch.cuda.get_device_properties(device).total_memory)
             reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=device)
             inputs = loader.longest(size)
             for _ in range(2 if accumulates else 1):

@@ -22,6 +22,7 @@ from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
 from lowprec.plan.settle import Choice, RowLengths, settle_on
 from lowprec.prepare import wrap
+from lowprec.profiling.limit import limited
 from lowprec.profiling.probe import Probes
 from lowprec.report import dtypes, peak_memory
 from lowprec.run_folder import RunFolder, Status
@@ -63,7 +64,9 @@ def train(recipe: Recipe, console: Console | None = None) -> Status:
         console.print(nothing_to_do(recipe), markup=False)
         return Status.FINISHED
     try:
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, limited(accelerator.device, recipe.profile.vram_limit_gib) as told:
+            if told is not None:
+                console.print(told, markup=False, highlight=False)
             return Run(recipe, folder, accelerator, console, stop).execute()
     finally:
         accelerator.end_training()
