@@ -115,6 +115,33 @@ def test_activation_policies_change_no_number(arguments, tmp_path):
     assert "gradient_checkpointing was" not in printed
 
 
+def test_graphs_by_default_change_nothing_on_a_processor(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowprec.plan.settle.Planner", None)  # nothing is planned
+    losses = {}
+    for name, extra in (("auto", ()), ("false", ("train.cuda_graphs=false",))):
+        _, printed = run("full", arguments(*extra, output=name))
+        losses[name] = [row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row]
+        assert "CUDA graphs" not in printed and "cuda_graphs" not in read_report(tmp_path / name)["activations"]
+        assert "cuda_graphs: false\n" in (tmp_path / name / "recipe.yaml").read_text(), "as it was settled"
+    assert losses["auto"] == losses["false"]
+    paddings = [read_report(tmp_path / name)["data"]["padding_share"] for name in losses]
+    assert paddings[0] == paddings[1]
+
+
+def test_a_resumed_run_pads_as_the_checkpoint_was_padded(arguments, tmp_path):
+    run("full", arguments("train.cuda_graphs=true", "train.save_steps=3", output="whole"))
+    again = f'train.resume_from_checkpoint="{tmp_path / "whole" / "checkpoints" / "step-3"}"'
+    _, printed = run("full", arguments(again, output="resumed"))
+    assert "not that of one run" not in printed
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r][-3:] for name in ("whole", "resumed")]
+    assert losses[0] == losses[1]
+    shares = [read_report(tmp_path / name)["data"]["padding_share"] for name in ("whole", "resumed")]
+    assert shares[0] == shares[1]
+    assert "cuda_graphs: true\n" in (tmp_path / "resumed" / "recipe.yaml").read_text()
+    _, printed = run("full", arguments(again, "train.cuda_graphs=false", output="otherwise"))
+    assert "train.cuda_graphs was True in the checkpoint and is False now: the rest is not that of one run" in printed
+
+
 def test_the_report_lists_the_fused_parts(arguments, tmp_path):
     _, printed = run("lora", arguments("train.max_steps=1"))
     fused = read_report(tmp_path / "run")["wrap"]["fused"]
