@@ -55,6 +55,11 @@ class Activations:
         if self.graphs is not None:
             self.graphs.lends_gradients = optimizer.uses_gradients_at_once and not self.graphs.shares_parameters
 
+    @property
+    def recording_s(self) -> float:
+        """What recording layers has taken so far."""
+        return self.graphs.seconds if self.graphs is not None else 0.0
+
     def forget_graphs(self) -> None:
         """Give the memory of the graphs back before something that takes the ordinary path and needs it."""
         if self.graphs is not None:

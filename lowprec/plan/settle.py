@@ -29,6 +29,7 @@ from lowprec.train.options import AUTO
 
 FOR_GRAPHS = 0.9
 """The most of the free memory that ``auto`` lets a step with graphs be predicted to take."""
+AS_GIVEN = "as the recipe says"
 UNKNOWN = "the device's memory is not known"
 
 RowLengths = tuple[float, float] | None
@@ -132,9 +133,6 @@ def settled(planner: Planner, recipe: Recipe, limit_gib: float | None, notes: li
         why = choice.no_graphs or "layers are replayed as CUDA graphs, for which there is room"
         notes.append(f"train.cuda_graphs=auto is {str(choice.graphs).lower()} here: {why}.")
     return choice.of(recipe)
-
-
-AS_GIVEN = "as the recipe says"
 
 
 def _as_given(recipe: Recipe) -> Choice | None:

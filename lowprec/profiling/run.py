@@ -107,9 +107,11 @@ def _measure(run: Run, console: Console) -> tuple[Session, dict[str, Any] | None
         grid_g_co2e_per_kwh=run.recipe.train.grid_g_co2e_per_kwh,
     )
     batch = None
+    recording_s: dict[str, float] = {}
     try:
         with session:
             for batch in run.loader:
+                recording_s.setdefault(session.stage, run.activations.recording_s)
                 _say(session, console)
                 if session.stage == MEMORY:  # who looks at every operation sees the ordinary path, with its memory
                     run.activations.forget_graphs()
@@ -119,6 +121,12 @@ def _measure(run: Run, console: Console) -> tuple[Session, dict[str, Any] | None
                 if session.done:
                     break
         session.bad = scalars.read()[2]
+        recorded = recording_s[KERNELS] - recording_s[MEASURED]
+        if recorded > 0:
+            run.recorder.facts["notes"].append(
+                f"Recording layers as CUDA graphs took {recorded:.1f} s of the measured steps, in which shapes of "
+                "batches came for the third time: more profile.warmup_steps leave it out."
+            )
         return session, None
     except torch.OutOfMemoryError:
         where = f"in step {session.num_steps + 1} ({_SAID.get(session.stage, '')})"
