@@ -178,18 +178,24 @@ class Planner:
                 if self._template.period > 1 and not traced.has_like_layers:
                     raise NotUniformError("the layers of a period are not of one size")
                 tape = tape.stretched(self._template)  # type: ignore[union-attr]
-            return _Traced(traced, tape, traced.offloaded_bytes)
+            found = _Traced(traced, tape, traced.offloaded_bytes)
+            self._read_memory(recipe, key, found, rows, length)  # the events show whether layers are alike
+            return found
         except NotUniformError:
             self._whole.add(key)
             del self._traced[key]
             return self._trace(recipe, key, rows, length)
 
     def _memory(self, recipe: Recipe, rows: int, length: int) -> tuple[Peak, int]:
-        key = (self.key(recipe), rows, length, in_graphs(recipe))
-        if key not in self._memories:
-            events = list(self._found(recipe, rows, length).tape.events())
-            self._memories[key] = self._memory_of(recipe, events, rows * length)
-        return self._memories[key]
+        """The peak of a step and what the allocator reserves."""
+        key, found = self.key(recipe), self._found(recipe, rows, length)
+        if (key, rows, length, in_graphs(recipe)) not in self._memories:
+            self._read_memory(recipe, key, found, rows, length)
+        return self._memories[key, rows, length, in_graphs(recipe)]
+
+    def _read_memory(self, recipe: Recipe, key: str, found: "_Traced", rows: int, length: int) -> None:
+        events = list(found.tape.events())
+        self._memories[key, rows, length, in_graphs(recipe)] = self._memory_of(recipe, events, rows * length)
 
     def _memory_of(self, recipe: Recipe, events: list[Event], tokens: int) -> tuple[Peak, int]:
         expandable = sys.platform == "linux"  # lowprec switches them on, which PyTorch has there alone
