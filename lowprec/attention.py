@@ -107,18 +107,27 @@ def _one_sample(
 
 def why_no_flash(query: torch.Tensor, dropout: float = 0.0) -> str | None:
     """Why PyTorch's FlashAttention cannot take samples of many lengths at once; None where it can."""
-    dim = query.shape[-1]
     if not query.is_cuda:
         return "it runs on CUDA devices"
-    if query.dtype not in (torch.bfloat16, torch.float16):
-        return f"it computes in bf16 and fp16, not in {query.dtype}"
-    if dim % 8 or dim > 256:
-        return f"heads of {dim} are not a multiple of 8 up to 256"
     if dropout:
         return "the model drops attention weights"
-    if torch.cuda.get_device_capability(query.device) < (8, 0):
+    return why_no_flash_of(query.shape[-1], query.dtype, torch.cuda.get_device_capability(query.device))
+
+
+def why_no_flash_of(dim: int, dtype: torch.dtype, capability: tuple[int, int]) -> str | None:
+    """The same of heads of ``dim`` on a card that need not be here."""
+    if dtype not in (torch.bfloat16, torch.float16):
+        return f"it computes in bf16 and fp16, not in {dtype}"
+    if dim % 8 or dim > 256:
+        return f"heads of {dim} are not a multiple of 8 up to 256"
+    if capability < (8, 0):
         return "it needs compute capability 8.0"
     return None
+
+
+def head_dim(config: Any) -> int:
+    """The width of the heads of a model with this text configuration."""
+    return int(getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads)
 
 
 ALL_ATTENTION_FUNCTIONS.register(CAUSAL_SDPA, attention)

@@ -1,5 +1,5 @@
 """What backward needs, kept, computed again, or sent to host memory: ``train.gradient_checkpointing``."""
 
-from lowprec.activations.policy import POLICIES, Activations, choose_policy, keep_activations, why_no_graphs
+from lowprec.activations.policy import POLICIES, Activations, keep_activations, why_no_graphs
 
-__all__ = ["POLICIES", "Activations", "choose_policy", "keep_activations", "why_no_graphs"]
+__all__ = ["POLICIES", "Activations", "keep_activations", "why_no_graphs"]

@@ -130,6 +130,16 @@ class LayerGraphs:
             error = error.__context__
         self.reason = f"{type(error).__name__}: {str(error).splitlines()[0][:200] if str(error) else ''}"
         warnings.warn(f"layers run kernel by kernel, since recording one failed: {self.reason}", stacklevel=2)
+        self._clear()
+
+    def forget(self) -> None:
+        """Give all memory back between steps. What comes for the third time from now on is recorded again."""
+        self._clear()
+        self.recorder.forget()
+        for layer in self.layers:
+            layer.forget()
+
+    def _clear(self) -> None:
         self.places.clear()
         self.recorded.clear()
         self._flows.clear()
@@ -162,6 +172,10 @@ class GraphedLayer:
         """Passes whose backward is to come."""
         self._seen: Counter[Any] = Counter()
         self._random: set[Any] = set()
+
+    def forget(self) -> None:
+        """As if no shape had come."""
+        self._seen.clear()
 
     def __deepcopy__(self, memo: dict) -> Any:
         return copy.deepcopy(self.policy or _call, memo)  # a copy of the model begins without graphs

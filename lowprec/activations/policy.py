@@ -18,15 +18,16 @@ from transformers.modeling_layers import GradientCheckpointingLayer
 from lowprec.activations.graphs import GraphedLayer, LayerGraphs
 from lowprec.activations.offload import Offload
 from lowprec.activations.selective import Selective
-from lowprec.attention import why_no_flash
+from lowprec.attention import head_dim, why_no_flash_of
 from lowprec.errors import UserError
 from lowprec.sharded import is_sharded
 
 if TYPE_CHECKING:
-    from lowprec.config import Recipe
     from lowprec.optim import AdamW
 
-POLICIES = ("none", "full", "selective", "offload")
+POLICIES = ("none", "selective", "full", "offload")
+"""The fastest first: the less is computed again, the faster."""
+NOT_SELECTIVE = "gradient_checkpointing=selective chooses among operations as they come"
 
 
 @dataclass(slots=True)
@@ -38,7 +39,7 @@ class Activations:
     function: Callable[..., Any] | None = None
     graphs: LayerGraphs | None = None
     no_graphs: str = ""
-    """Why there are none, though they were asked for."""
+    """Why there are none, where that is to be told."""
 
     def to_dict(self) -> dict[str, Any]:
         """For the report; what ``selective`` keeps is known after the first step."""
@@ -54,41 +55,20 @@ class Activations:
         if self.graphs is not None:
             self.graphs.lends_gradients = optimizer.uses_gradients_at_once and not self.graphs.shares_parameters
 
+    @property
+    def recording_s(self) -> float:
+        """What recording layers has taken so far."""
+        return self.graphs.seconds if self.graphs is not None else 0.0
+
+    def forget_graphs(self) -> None:
+        """Give the memory of the graphs back before something that takes the ordinary path and needs it."""
+        if self.graphs is not None:
+            self.graphs.forget()
+
     def told(self) -> str:
         """For people."""
         graphs = f" No CUDA graphs: {self.no_graphs}." if self.no_graphs else ""
         return f"Activations: {self.policy} ({self.why}).{graphs or (' Layers as CUDA graphs.' if self.graphs else '')}"
-
-
-def choose_policy(recipe: "Recipe", device: torch.device, config: Any = None) -> tuple[str, str]:
-    """The policy that a recipe's ``train.gradient_checkpointing`` stands for, and why.
-
-    ``auto`` is the first of none, selective, full and offload (the less is computed again, the faster) whose memory, as
-    ``lowprec plan`` predicts it, is free on the device. Call it before the model is there.
-
-    Args:
-        config: of the model, in the place of ``model.model_name_or_path``.
-    """
-    policy = recipe.train.gradient_checkpointing
-    if policy != "auto":
-        return policy, "as the recipe says"
-    if device.type != "cuda":
-        return "none", "auto: without a GPU memory is host memory, and computing again costs time"
-    limits = [torch.cuda.mem_get_info(device)[0] / 2**30, recipe.profile.vram_limit_gib]
-    return fitting(recipe, min(limit for limit in limits if limit is not None), config)
-
-
-def fitting(recipe: "Recipe", limit_gib: float, config: Any = None) -> tuple[str, str]:
-    """What ``auto`` is where ``limit_gib`` of device memory are free."""
-    from lowprec.plan import Planner, fitting_policy, model_config  # plans are made of policies, too
-    from lowprec.plan.run import find_machine
-
-    try:
-        planner = Planner(config or model_config(recipe.model), find_machine(None)[0])
-        policy, why = fitting_policy(planner, recipe, limit_gib)
-    except UserError as error:
-        return "full", f"auto: the memory could not be predicted ({error})"
-    return policy, f"auto: {why}"
 
 
 def keep_activations(
@@ -97,7 +77,7 @@ def keep_activations(
     why: str = "as the recipe says",
     *,
     graphs: bool = False,
-    no_graphs: str | None = None,
+    no_graphs: str = "",
 ) -> Activations:
     """Let every decoder layer of this one model keep for backward what the policy says.
 
@@ -108,7 +88,7 @@ def keep_activations(
             memory.
         why: for the report.
         graphs: replay layers as CUDA graphs (graphs.py).
-        no_graphs: what ``why_no_graphs`` says against it: then there are none, and the report says so.
+        no_graphs: why there are none, for the report.
 
     Raises:
         UserError: the architecture has no layers that can be computed again.
@@ -127,7 +107,7 @@ def keep_activations(
             f"train.gradient_checkpointing={policy}: {type(model).__name__} has no layers that transformers could "
             "compute again. Set train.gradient_checkpointing=none."
         )
-    shared = LayerGraphs(recompute=policy != "none") if graphs and no_graphs is None else None
+    shared = LayerGraphs(recompute=policy != "none") if graphs else None
     for layer in layers:
         own: Callable[..., Any] | None = function
         if shared is not None and isinstance(layer, GradientCheckpointingLayer):
@@ -136,7 +116,7 @@ def keep_activations(
         layer.gradient_checkpointing = own is not None  # type: ignore[assignment]
         if own is not None:
             layer._gradient_checkpointing_func = own  # type: ignore[assignment]
-    return Activations(policy, why, function, shared, (no_graphs or "") if graphs else "")
+    return Activations(policy, why, function, shared, no_graphs)
 
 
 def why_no_graphs(model: Any, policy: str, device: torch.device, packed: torch.dtype | None = None) -> str | None:
@@ -148,14 +128,13 @@ def why_no_graphs(model: Any, policy: str, device: torch.device, packed: torch.d
     if device.type != "cuda":
         return "there is no CUDA device"
     if policy == "selective":
-        return "gradient_checkpointing=selective chooses among operations as they come"
+        return NOT_SELECTIVE
     if not any(isinstance(module, GradientCheckpointingLayer) for module in model.modules()):
         return f"{type(model).__name__} has no layers of transformers' own kind"
     if any(is_sharded(parameter) for parameter in model.parameters()):
         return "its parameters are sharded"
     if packed is not None:
-        config = model.config.get_text_config()
-        dim = getattr(config, "head_dim", None) or config.hidden_size // config.num_attention_heads
-        reason = why_no_flash(torch.empty(1, 1, 1, dim, dtype=packed, device=device))
+        dim = head_dim(model.config.get_text_config())
+        reason = why_no_flash_of(dim, packed, torch.cuda.get_device_capability(device))
         return None if reason is None else f"rows are packed, which takes FlashAttention: {reason}"
     return None

@@ -34,6 +34,10 @@ class Recorder:
         release_decode_buffers()
         torch.cuda.empty_cache()
 
+    def forget(self) -> None:
+        """Take another pool from now on: graphs cannot join one whose graphs are all gone."""
+        self._pool = None
+
     def record(self, function: Callable[[], Left]) -> tuple[Replay, Left]:
         """The replay, and what the function gives: tensors that replays write to, on memory that graphs recorded later
         may use, too, once nobody else holds it.

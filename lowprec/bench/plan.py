@@ -7,21 +7,22 @@ cuBLAS's workspaces are given back. What is predicted was fitted to none of thes
 import gc
 import json
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from lowprec.bench.train.ours import recipe_of
 from lowprec.bench.train.ours import run as measure
-from lowprec.bench.train.works import LLAMA_1B, LLAMA_8B, SMOL_135M, TINY, Work
-from lowprec.config import resolve
+from lowprec.bench.train.works import LLAMA_1B, LLAMA_8B, NO_GRAPHS, SMOL_135M, TINY, Work
 from lowprec.errors import UserError
 from lowprec.layers.decode_buffer import release_decode_buffers
 from lowprec.machine import Machine
 from lowprec.plan.predict import Planner
 from lowprec.plan.run import find_machine
+from lowprec.plan.settle import settle_on
 
 SHAPES: dict[str, dict[str, Any]] = {"135m": SMOL_135M, "1b": LLAMA_1B, "8b": LLAMA_8B, "tiny": TINY}
 BATCHES: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
@@ -30,8 +31,8 @@ BATCHES: dict[str, dict[str, tuple[tuple[int, int], ...]]] = {
     "8b": {"lora": ((1, 512), (2, 2048), (1, 4096))},
 }
 """(rows, length) of every shape with full training, and with adapters."""
-IN_GRAPHS = {"135m": (8, 2048), "1b": (4, 2048), "8b": (2, 2048)}
-"""(rows, length) at which layers are replayed as CUDA graphs, too: there a slow host does not decide the time."""
+BY_THE_HOST = {"135m": (8, 512), "1b": (4, 2048), "8b": (2, 2048)}
+"""(rows, length) at which the host launches layers kernel by kernel, too: a slow one then decides the time."""
 ROOM = 1e6
 """GiB: a cap that is none, at which the benchmark gives back what building the model left."""
 BOUNDS = {"allocated": (0.05, 0.10), "reserved": (0.10, 0.10), "step_ms": (0.20, None)}
@@ -49,16 +50,22 @@ def grid() -> dict[str, Work]:
         one = Work(name, SHAPES[shape], rows, length, recipe, (*fixed, *overrides), cap_gib=ROOM, warmup=4, timed=7)
         works.append(one)
 
+    def with_and_without(shape: str, batches: Iterable[tuple[int, int]]) -> Iterator[tuple[Any, ...]]:
+        for batch in batches:
+            yield (batch,)
+            if batch == BY_THE_HOST[shape]:
+                yield batch, NO_GRAPHS
+
     for shape, methods in BATCHES.items():
         for policy in ("none", "full"):
             keeps = f"train.gradient_checkpointing={policy}"
-            for rows, length in methods.get("full", ()):
-                add(shape, "full", rows, length, keeps)
-            for rows, length in methods["lora"]:
-                add(shape, "lora", rows, length, keeps)
-                add(shape, "qlora_nf4", rows, length, keeps, "weights.product=bf16")
+            for batch, *more in with_and_without(shape, methods.get("full", ())):
+                add(shape, "full", *batch, keeps, *more)
+            for batch, *more in with_and_without(shape, methods["lora"]):
+                add(shape, "lora", *batch, keeps, *more)
+                add(shape, "qlora_nf4", *batch, keeps, *more, "weights.product=bf16")
                 if policy == "full" or shape != "8b":
-                    add(shape, "lora", rows, length, keeps, "weights=fp8")
+                    add(shape, "lora", *batch, keeps, *more, "weights=fp8")
     none, full = "train.gradient_checkpointing=none", "train.gradient_checkpointing=full"
     for shape in ("135m", "1b"):
         add(shape, "full", 4, 1024, none, "state_store=cpu")
@@ -68,15 +75,6 @@ def grid() -> dict[str, Work]:
         add(shape, "full", 4, 1024, none, "train.max_grad_norm=null")
     for policy in ("selective", "offload"):
         add("8b", "lora", 2, 2048, f"train.gradient_checkpointing={policy}")
-    for shape, (rows, length) in IN_GRAPHS.items():
-        for keeps in (none, full):
-            graphs = (keeps, "train.cuda_graphs=true")
-            if shape != "8b":
-                add(shape, "full", rows, length, *graphs)
-            add(shape, "lora", rows, length, *graphs)
-            add(shape, "qlora_nf4", rows, length, *graphs, "weights.product=bf16")
-            if keeps == full or shape != "8b":
-                add(shape, "lora", rows, length, *graphs, "weights=fp8")
     add("8b", "lora", 2, 2048, full, "weights=int8_hadamard")
     add("8b", "qlora_nf4", 4, 2048, full, "weights.product=int8")
     return {work.name: work for work in works}
@@ -125,7 +123,7 @@ def bench_plan(
         if key not in planners:
             planners[key] = _planner(work, machine)
         row = {"cell": work.name, "memory_gib": _memory_gib(device)}
-        row |= predicted(work, planners[key]) | _measured(work, folder, device)
+        row |= predicted(work, planners[key], folder, device) | _measured(work, folder, device)
         with results.open("a", encoding="utf-8") as file:
             file.write("\n" + json.dumps(row))  # on a line of its own, whatever a kill has left of the one before
         tell(f"{number}/{len(left)} {_line(row)}")
@@ -150,13 +148,12 @@ def _planner(work: Work, machine: Machine | None) -> Planner:
     return Planner(AutoConfig.for_model(**work.shape), machine)
 
 
-def predicted(work: Work, planner: Planner) -> dict[str, Any]:
-    """The prediction, in GB of 1e9 bytes as PyTorch's counters are given."""
-    named = ["model.model_name_or_path=random", "data.path=none"]
-    store = ["state_store.path=unused"] if "state_store=ssd" in work.overrides else []
-    recipe, _ = resolve(work.recipe, [*named, *work.overrides, *store])
+def predicted(work: Work, planner: Planner, folder: Path, device: torch.device) -> dict[str, Any]:
+    """The prediction of the cell on this device, in GB of 1e9 bytes as PyTorch's counters are given."""
+    recipe = recipe_of(work, folder, device)
+    recipe = settle_on(recipe, device, config=planner.config).of(recipe)
     begin = time.perf_counter()
-    found = planner.predict(recipe, work.batch, work.length)
+    found = planner.predict(recipe)
     return {
         "predicted_allocated_gb": found.peak.allocated / 1e9,
         "predicted_reserved_gb": found.reserved / 1e9,

@@ -141,14 +141,26 @@ class StepLoader:
         """Share of padding among all tokens of the first epoch, over all processes; None for a stream."""
         if not isinstance(self._order, EpochOrder):
             return None
+        padding, tokens = self._first_epoch(self._order)
+        return padding / (padding + tokens)
+
+    @property
+    def mean_row_length(self) -> float | None:
+        """Tokens of a row of the first epoch with its padding; None for a stream."""
+        if not isinstance(self._order, EpochOrder):
+            return None
+        return sum(self._first_epoch(self._order)) / len(self._order.rows)
+
+    def _first_epoch(self, order: EpochOrder) -> tuple[int, int]:
+        """Tokens of padding, and the others."""
         padding = tokens = 0
-        lengths, permutation = self._order.rows.num_tokens, self._order.permutation(0)
+        lengths, permutation = order.rows.num_tokens, order.permutation(0)
         for start in range(0, len(permutation), self.effective_batch_size):
             chosen = permutation[start : start + self.effective_batch_size]
             for part in chain.from_iterable(divide(chosen, lengths[chosen], self.batch_size, self.world_size)):
                 tokens += int(lengths[part].sum())
                 padding += int((self._padded(lengths[part].max(initial=0)) - lengths[part]).sum())
-        return padding / (padding + tokens)
+        return padding, tokens
 
     def state_dict(self) -> State:
         """The position after the last step that was yielded, in rows: it holds for any division into processes."""

@@ -72,7 +72,8 @@ class Data:
     """Several samples in a row of ``max_length``, none of which sees another."""
     pad_to_multiple_of: Optional[int] = None  # noqa: UP045
     """Rows are padded to the next multiple of so many tokens above the longest of their micro-batch. None: to the
-    longest; with ``train.cuda_graphs``, which wants few shapes, an eighth of ``max_length``, or all of it if packed."""
+    longest; where ``train.cuda_graphs``, which wants few shapes, is or was settled to be true, an eighth of
+    ``max_length``, or all of it if packed."""
     overlong: str = "truncate"
     """For samples longer than ``max_length``: truncate, drop, or (plain text only) split into several."""
     untrained: str = "error"

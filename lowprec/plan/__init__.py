@@ -10,9 +10,9 @@ from typing import Any
 
 from lowprec.plan.predict import Planner, Prediction, model_config
 from lowprec.plan.report import Plan
-from lowprec.plan.run import fitting_policy, plan
+from lowprec.plan.run import plan
 
-__all__ = ["Plan", "Planner", "Prediction", "fitting_policy", "model_config", "plan"]
+__all__ = ["Plan", "Planner", "Prediction", "model_config", "plan"]
 
 
 class _Callable(ModuleType):

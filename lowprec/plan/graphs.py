@@ -16,8 +16,9 @@ from lowprec.plan.tracker import BACKWARD, FORWARD
 
 
 def in_graphs(recipe: Recipe) -> bool:
-    """Whether layers are replayed. ``lowprec.activations.why_no_graphs`` says what else there is against them."""
-    return recipe.train.cuda_graphs and recipe.train.gradient_checkpointing != "selective"
+    """Whether layers are replayed; ``auto`` is to be settled before (settle.py). ``lowprec.activations.why_no_graphs``
+    says what else there is against them."""
+    return recipe.train.cuda_graphs is True and recipe.train.gradient_checkpointing != "selective"
 
 
 def with_graphs(

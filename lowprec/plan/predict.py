@@ -7,7 +7,7 @@ from typing import Any
 
 import psutil
 
-from lowprec.attention import WINDOWS
+from lowprec.attention import WINDOWS, head_dim, why_no_flash_of
 from lowprec.config import Recipe
 from lowprec.errors import UserError
 from lowprec.machine import Machine, named_card
@@ -76,8 +76,6 @@ class _Traced:
 
     recipe: TracedRecipe
     tape: Tape | Stretched
-    peak: Peak
-    reserved: int
     offloaded_bytes: int
     """By one micro-batch, in the layers that were traced."""
 
@@ -110,6 +108,7 @@ class Planner:
         self._traced: dict[str, TracedRecipe] = {}
         self._whole: set[str] = set()
         self._tapes: dict[tuple[str, int, int], _Traced] = {}
+        self._memories: dict[tuple[str, int, int, bool], tuple[Peak, int]] = {}
 
     def predict(self, recipe: Recipe, rows: int | None = None, length: int | None = None) -> Prediction:
         """One optimizer step with micro-batches of ``rows`` times ``length`` tokens, by default the recipe's.
@@ -120,7 +119,7 @@ class Planner:
         rows = rows or recipe.train.per_device_train_batch_size
         length = length or recipe.data.max_length
         recipe = self._settled(replace(recipe, data=replace(recipe.data, max_length=length)))
-        return self._predict(recipe, self._found(recipe, rows, length), rows, length)
+        return self._predict(recipe, rows, length)
 
     def at_rest(self, recipe: Recipe) -> int:
         """Bytes that the process holds before the first token at least: weights, states and context. No step is traced.
@@ -128,7 +127,12 @@ class Planner:
         Raises:
             UserError: as ``predict``.
         """
-        return self._found(self._settled(recipe), 0, 0).peak.allocated + self._context
+        return self._memory(self._settled(recipe), 0, 0)[0].allocated + self._context
+
+    def why_no_flash(self, recipe: Recipe) -> str | None:
+        """Why this card's FlashAttention does not compute the model's attention; None where it does."""
+        dim, dtype = head_dim(self.config.get_text_config()), self._settled(recipe).model.torch_dtype
+        return why_no_flash_of(dim, dtype, self._card.capability or (0, 0))
 
     @property
     def _context(self) -> int:
@@ -156,7 +160,10 @@ class Planner:
         """What the traced step depends on, in which no states of an optimizer take part."""
         more = min(recipe.train.gradient_accumulation_steps, 2)
         untold = {name: getattr(_ANY_TRAIN, name) for name in NOT_TRACED}
-        train = replace(recipe.train, gradient_accumulation_steps=more, **untold)
+        # Graphs repeat the same step; what is measured before it is compared with them or without.
+        measures = any(hasattr(s, "choose") for s in (recipe.weights, *recipe.wrap.schemes(recipe.weights).values()))
+        graphs = measures and in_graphs(recipe)
+        train = replace(recipe.train, gradient_accumulation_steps=more, cuda_graphs=graphs, **untold)
         recipe = self._settled(recipe)
         groups = recipe.model, recipe.weights, recipe.wrap, recipe.adapter, isinstance(recipe.optimizer, AdamWOptions)
         # Windows shorter than the samples decide what attention computes.
@@ -176,14 +183,26 @@ class Planner:
                 if self._template.period > 1 and not traced.has_like_layers:
                     raise NotUniformError("the layers of a period are not of one size")
                 tape = tape.stretched(self._template)  # type: ignore[union-attr]
-            peak, reserved = self._memory(recipe, list(tape.events()), rows * length)
-            return _Traced(traced, tape, peak, reserved, traced.offloaded_bytes)
+            found = _Traced(traced, tape, traced.offloaded_bytes)
+            self._read_memory(recipe, found, rows, length)  # the events show whether layers are alike
+            return found
         except NotUniformError:
             self._whole.add(key)
             del self._traced[key]
             return self._trace(recipe, key, rows, length)
 
-    def _memory(self, recipe: Recipe, events: list[Event], tokens: int) -> tuple[Peak, int]:
+    def _memory(self, recipe: Recipe, rows: int, length: int) -> tuple[Peak, int]:
+        """The peak of a step and what the allocator reserves."""
+        key, found = self.key(recipe), self._found(recipe, rows, length)
+        if (key, rows, length, in_graphs(recipe)) not in self._memories:
+            self._read_memory(recipe, found, rows, length)
+        return self._memories[key, rows, length, in_graphs(recipe)]
+
+    def _read_memory(self, recipe: Recipe, found: "_Traced", rows: int, length: int) -> None:
+        events = list(found.tape.events())
+        self._memories[self.key(recipe), rows, length, in_graphs(recipe)] = self._memory_of(recipe, events, rows * length)
+
+    def _memory_of(self, recipe: Recipe, events: list[Event], tokens: int) -> tuple[Peak, int]:
         expandable = sys.platform == "linux"  # lowprec switches them on, which PyTorch has there alone
         if not in_graphs(recipe) or not tokens:
             return peak_of(events), CachingAllocator(expandable=expandable).replay(events)
@@ -195,7 +214,9 @@ class Planner:
             expandable=expandable,
         )
 
-    def _predict(self, recipe: Recipe, found: "_Traced", rows: int, length: int) -> Prediction:
+    def _predict(self, recipe: Recipe, rows: int, length: int) -> Prediction:
+        found = self._found(recipe, rows, length)
+        peak, reserved = self._memory(recipe, rows, length)
         traced, tape = found.recipe, found.tape
         trained = traced.trained if isinstance(tape, Tape) else _all_layers(traced, self._template)
         states = states_of(recipe, trained)
@@ -220,8 +241,8 @@ class Planner:
         return Prediction(
             rows=rows,
             length=length,
-            peak=found.peak,
-            reserved=found.reserved,
+            peak=peak,
+            reserved=reserved,
             context=self._context,
             ram=_ram(recipe, traced.loaded_parameters(self._depth), states),
             disk=_disk(recipe, trained, states),

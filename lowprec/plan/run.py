@@ -11,6 +11,7 @@ from lowprec.machine import NAMED_CARDS, Machine, card_of, named_card, this_mach
 from lowprec.plan.predict import Planner, model_config, parse_gib
 from lowprec.plan.report import Plan
 from lowprec.plan.search import advice, largest, nearest_recipe
+from lowprec.plan.settle import settled
 
 NO_DATA = "data.path=the_data"
 """Stands for data that have not been named yet; nothing reads it."""
@@ -49,7 +50,7 @@ def plan(
     if own_limit is not None:
         limit = min(own_limit, limit or own_limit)
     planner = Planner(config or model_config(chosen.model), found)
-    chosen = with_policy(planner, chosen, limit, notes)
+    chosen = settled(planner, chosen, limit, notes)
     prediction = planner.predict(chosen)
     notes += _limits_of(chosen)
     if limit is None:
@@ -116,27 +117,3 @@ def own_vram_gib() -> float | None:
     if not torch.cuda.is_available():
         return None
     return torch.cuda.get_device_properties(torch.cuda.current_device()).total_memory / 2**30
-
-
-def with_policy(planner: Planner, recipe: Recipe, limit: float | None, notes: list[str]) -> Recipe:
-    """The recipe with ``train.gradient_checkpointing=auto`` settled: the first policy that fits, the fastest first."""
-    if recipe.train.gradient_checkpointing != "auto":
-        return recipe
-    policy, why = fitting_policy(planner, recipe, limit)
-    notes.append(f"train.gradient_checkpointing=auto is {policy} here: {why}.")
-    return with_checkpointing(recipe, policy)
-
-
-def with_checkpointing(recipe: Recipe, policy: str) -> Recipe:
-    return replace(recipe, train=replace(recipe.train, gradient_checkpointing=policy))
-
-
-def fitting_policy(planner: Planner, recipe: Recipe, limit_gib: float | None) -> tuple[str, str]:
-    """(policy, why): the first of none, selective, full and offload that is predicted to fit."""
-    if limit_gib is None:
-        return "full", "the device's memory is not known"
-    for policy in ("none", "selective", "full", "offload"):
-        need = planner.predict(with_checkpointing(recipe, policy)).total / 2**30
-        if need <= limit_gib:
-            return policy, f"{need:.1f} of {limit_gib:.1f} GiB are predicted"
-    return "offload", f"{need:.1f} GiB are predicted, more than the {limit_gib:.1f} that there are"

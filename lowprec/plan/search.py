@@ -6,8 +6,10 @@ from typing import Any
 
 from omegaconf import OmegaConf
 
+from lowprec.activations import POLICIES
 from lowprec.config import Recipe, resolve
 from lowprec.errors import UserError
+from lowprec.plan.graphs import in_graphs
 from lowprec.plan.predict import GIB, Planner
 from lowprec.recipes import shipped_recipes
 
@@ -99,9 +101,10 @@ def _changes(recipe: Recipe) -> list[tuple[str, Any, str]]:
     """(key, value, what goes with it) that might save memory."""
     train = recipe.train
     found: list[tuple[str, Any, str]] = []
-    policies = ["none", "selective", "full", "offload"]
     policy = train.gradient_checkpointing
-    lighter = policies[policies.index(policy) + 1 :] if policy in policies else []
+    if in_graphs(recipe):
+        found.append(("train.cuda_graphs", "false", ""))
+    lighter = POLICIES[POLICIES.index(policy) + 1 :] if policy in POLICIES else ()
     found += [("train.gradient_checkpointing", value, "") for value in lighter]
     if train.per_device_train_batch_size > 1:
         more = f"train.gradient_accumulation_steps={train.gradient_accumulation_steps * 2}"
@@ -134,8 +137,12 @@ def _changed(name: str, overrides: list[str], recipe: Recipe, added: list[str]) 
     a second."""
     if all("." in item.partition("=")[0] for item in added):
         return _with_keys(recipe, added)
-    policy = f"train.gradient_checkpointing={recipe.train.gradient_checkpointing}"  # as it was settled
-    return resolve(name, _replaced(_replaced(overrides, [policy]), added))[0]
+    return resolve(name, _replaced(_replaced(overrides, _settled(recipe)), added))[0]
+
+
+def _settled(recipe: Recipe) -> list[str]:
+    """What may have been ``auto``, as it was settled."""
+    return [f"train.{key}={getattr(recipe.train, key)}" for key in ("gradient_checkpointing", "cuda_graphs")]
 
 
 def _with_keys(recipe: Recipe, added: Sequence[str]) -> Recipe:
@@ -214,5 +221,5 @@ def _same_batch(recipe: Recipe) -> list[str]:
         f"data.max_length={recipe.data.max_length}",
         f"train.per_device_train_batch_size={train.per_device_train_batch_size}",
         f"train.gradient_accumulation_steps={train.gradient_accumulation_steps}",
-        f"train.gradient_checkpointing={train.gradient_checkpointing}",
+        *_settled(recipe),
     ]

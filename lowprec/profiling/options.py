@@ -7,7 +7,7 @@ from lowprec.errors import UserError
 
 @dataclass(kw_only=True, slots=True)
 class Profile:
-    """Read by ``lowprec profile``; ``in_training`` by ``lowprec train``."""
+    """Read by ``lowprec profile``; ``vram_limit_gib`` and ``in_training`` by ``lowprec train``."""
 
     warmup_steps: int = 3
     """Steps before the measured ones: kernels are compiled and optimizer states made in them."""

@@ -19,7 +19,7 @@ from lowprec.profiling.figures import GIB
 from lowprec.profiling.folder import check_free, free_folder, write
 from lowprec.profiling.limit import limited
 from lowprec.profiling.phases import Phases
-from lowprec.profiling.session import MEASURED, WARM_UP, Session
+from lowprec.profiling.session import HISTORY, KERNELS, MEASURED, MEMORY, WARM_UP, Session
 from lowprec.profiling.table import gib
 from lowprec.run_folder import RunFolder
 from lowprec.train.batch_size import find_batch_size, states_to_come
@@ -31,9 +31,9 @@ from lowprec.train.out_of_memory import remedies
 _SAID = {
     WARM_UP: "warming up",
     MEASURED: "measuring",
-    "memory": "following the memory of one step, operator by operator",
-    "kernels": "tracing the kernels of one step",
-    "history": "recording the allocator's history of one step",
+    MEMORY: "following the memory of one step, operator by operator",
+    KERNELS: "tracing the kernels of one step",
+    HISTORY: "recording the allocator's history of one step",
 }
 
 
@@ -107,16 +107,26 @@ def _measure(run: Run, console: Console) -> tuple[Session, dict[str, Any] | None
         grid_g_co2e_per_kwh=run.recipe.train.grid_g_co2e_per_kwh,
     )
     batch = None
+    recording_s: dict[str, float] = {}
     try:
         with session:
             for batch in run.loader:
+                recording_s.setdefault(session.stage, run.activations.recording_s)
                 _say(session, console)
+                if session.stage == MEMORY:  # who looks at every operation sees the ordinary path, with its memory
+                    run.activations.forget_graphs()
                 counts = {"tokens": batch.num_tokens_global, "trained_tokens": batch.num_trained_tokens_global}
                 with session.step(**counts, padding=batch.num_padding):
                     scalars = run.step(batch, stop=False)
                 if session.done:
                     break
         session.bad = scalars.read()[2]
+        recorded = recording_s[KERNELS] - recording_s[MEASURED]
+        if recorded > 0:
+            run.recorder.facts["notes"].append(
+                f"Recording layers as CUDA graphs took {recorded:.1f} s of the measured steps, in which shapes of "
+                "batches came for the third time: more profile.warmup_steps leave it out."
+            )
         return session, None
     except torch.OutOfMemoryError:
         where = f"in step {session.num_steps + 1} ({_SAID.get(session.stage, '')})"
@@ -137,6 +147,7 @@ def _say(session: Session, console: Console) -> None:
 
 def _follow_again(run: Run, batch: Any) -> Timeline:
     """Take the step that ran out of memory once more, and follow who holds what until it does."""
+    run.activations.forget_graphs()
     if run.accelerator.device.type == "cuda":
         torch.cuda.empty_cache()
     run.step.phases = Phases(run.accelerator.device)
@@ -169,7 +180,7 @@ def _failure(
         with suppress(torch.OutOfMemoryError):
             # The optimizer's states are there from the first step on.
             to_come = 0 if steps_done else states_to_come(run.recipe, run.model)
-            tried = find_batch_size(run.wrapped, run.loader, run.accelerator, effective, to_come)
+            tried = find_batch_size(run.wrapped, run.loader, run.accelerator, effective, lambda rows: to_come)
             found["fits"] = {
                 "train.per_device_train_batch_size": tried.batch_size,
                 "train.gradient_accumulation_steps": tried.accumulation,

@@ -12,8 +12,7 @@
     profile.save("profiles/mine")
 
 After the warm-up come the steps that are timed, with probes that wait for nothing; then three that are looked at
-closely and not timed: memory and FLOPs operator by operator, a trace of the kernels, on CUDA the allocator's
-history.
+closely and not timed: a trace of the kernels, on CUDA the allocator's history, memory and FLOPs operator by operator.
 """
 
 import gc
@@ -95,7 +94,8 @@ class Session:
         """Whether the loss or a gradient was not finite, where the loop says so."""
         self._stages = [MEASURED] * steps
         if closely:
-            self._stages += [MEMORY, KERNELS] + ([HISTORY] if self.device.type == "cuda" else [])
+            # Memory last: it is followed on the ordinary path, for which graphs of layers have to make room.
+            self._stages += [KERNELS] + ([HISTORY] if self.device.type == "cuda" else []) + [MEMORY]
         self._host_s_before = 0.0
         self._watches = phases is None
         self._under_way: list[tuple[str, dict[str, float]]] = []

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +12,17 @@ from torch import nn
 
 from lowprec.config import Recipe
 from lowprec.data import StepLoader
+from lowprec.plan import Planner
+from lowprec.plan.graphs import in_graphs
+from lowprec.plan.run import find_machine
 from lowprec.plan.states import Trained, states_of
 from lowprec.train.resume import stored_division
 from lowprec.train.state import random_state, set_random_state
 from lowprec.train.step import loss_sum
 
 MARGIN = 0.02
-"""Share of the device's memory that is kept free: batches to come are cut otherwise and fragment it."""
+"""Share of the memory that this process may take that is kept free: batches to come are cut otherwise and fragment
+it."""
 
 
 @dataclass(frozen=True, kw_only=True, slots=True)
@@ -59,13 +63,19 @@ def largest_that_fits(sizes: Sequence[int], fits: Callable[[int], bool]) -> tupl
 
 
 def settle_batch_size(
-    recipe: Recipe, resume_from: Path | None, model: nn.Module, loader: StepLoader, accelerator: Accelerator
+    recipe: Recipe,
+    resume_from: Path | None,
+    model: nn.Module,
+    loader: StepLoader,
+    accelerator: Accelerator,
+    to_come: Callable[[int], int] = lambda rows: 0,
 ) -> Found | None:
     """Settle the recipe's division of its effective batch: as the checkpoint has it, or by trial.
 
     Args:
         resume_from: the checkpoint that the run goes on from, if any.
         model: as training calls it.
+        to_come: rows of a micro-batch -> bytes of the device that a step takes beside what the trial does.
 
     Returns:
         What was found by trial; None where the checkpoint decided.
@@ -77,14 +87,19 @@ def settle_batch_size(
         options.per_device_train_batch_size, options.gradient_accumulation_steps = resumed
         return None
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)
-    found = find_batch_size(model, loader, accelerator, effective, states_to_come(recipe, bare))
+    states = states_to_come(recipe, bare)
+    found = find_batch_size(model, loader, accelerator, effective, lambda rows: states + to_come(rows))
     options.per_device_train_batch_size = found.batch_size
     options.gradient_accumulation_steps = found.accumulation
     return found
 
 
 def find_batch_size(
-    model: nn.Module, loader: StepLoader, accelerator: Accelerator, effective: int, reserved_bytes: int
+    model: nn.Module,
+    loader: StepLoader,
+    accelerator: Accelerator,
+    effective: int,
+    reserved_bytes: Callable[[int], int],
 ) -> Found:
     """The largest size of a micro-batch that divides ``effective`` and fits, on the longest rows there are.
 
@@ -94,7 +109,7 @@ def find_batch_size(
     Args:
         model: as training calls it.
         effective: rows that a process takes in one optimizer step.
-        reserved_bytes: of the device, for what comes later (the optimizer's states).
+        reserved_bytes: of the device, for what comes later (the optimizer's states), by the rows of a micro-batch.
 
     Raises:
         torch.OutOfMemoryError: not even one row fits.
@@ -102,7 +117,7 @@ def find_batch_size(
     bare = accelerator.unwrap_model(model, keep_fp32_wrapper=True)  # processes may fail alone: nothing is exchanged
     sizes = divisors(effective)
     best, too_large = largest_that_fits(
-        sizes, lambda size: _fits(bare, loader, accelerator, size, size < effective, reserved_bytes)
+        sizes, lambda size: _fits(bare, loader, accelerator, size, size < effective, reserved_bytes(size))
     )
     shared = accelerator.gather(torch.tensor([best or 0], device=accelerator.device))
     size = int(shared.min())
@@ -121,6 +136,28 @@ def states_to_come(recipe: Recipe, model: nn.Module) -> int:
     return sum(nbytes for _, nbytes in states_of(recipe, trained).device)
 
 
+def graphs_to_come(recipe: Recipe, config: Any) -> Callable[[int], int]:
+    """Rows of a micro-batch -> bytes that its layers' graphs hold beside an ordinary step, as predicted. A trial takes
+    ordinary steps: layers are recorded when a shape comes for the third time.
+
+    Args:
+        recipe: settled (:mod:`lowprec.plan.settle`).
+        config: of the model.
+    """
+    if not in_graphs(recipe):
+        return lambda rows: 0
+    planner = Planner(config, find_machine(None)[0])
+    ordinary = replace(recipe, train=replace(recipe.train, cuda_graphs=False))
+
+    def to_come(rows: int) -> int:
+        try:
+            return max(planner.predict(recipe, rows).total - planner.predict(ordinary, rows).total, 0)
+        except Exception:  # graphs that were asked for, of a model that cannot be traced
+            return 0
+
+    return to_come
+
+
 def _fits(
     model: Any, loader: StepLoader, accelerator: Accelerator, size: int, accumulates: bool, reserved_bytes: int
 ) -> bool:
@@ -131,7 +168,8 @@ def _fits(
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if device.type == "cuda":
-                reserved_bytes += int(MARGIN * torch.cuda.get_device_properties(device).total_memory)
+                share = MARGIN * torch.cuda.get_per_process_memory_fraction(device)
+                reserved_bytes += int(share * torch.cuda.get_device_properties(device).total_memory)
             reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=device)
             inputs = loader.longest(size)
             for _ in range(2 if accumulates else 1):

@@ -10,7 +10,7 @@ from accelerate import Accelerator
 from accelerate.utils import set_seed
 from rich.console import Console
 
-from lowprec.activations import choose_policy, keep_activations, why_no_graphs
+from lowprec.activations import keep_activations
 from lowprec.attention import attend_without_masks, mask_note
 from lowprec.checkpoint import atomic_folder, is_disk_full, prune
 from lowprec.config import Recipe
@@ -20,11 +20,13 @@ from lowprec.errors import UserError
 from lowprec.model import COMPUTE_DTYPE, load_model, load_tokenizer
 from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
+from lowprec.plan.settle import Choice, RowLengths, settle_on
 from lowprec.prepare import wrap
+from lowprec.profiling.limit import limited
 from lowprec.profiling.probe import Probes
 from lowprec.report import dtypes, peak_memory
 from lowprec.run_folder import RunFolder, Status
-from lowprec.train.batch_size import settle_batch_size
+from lowprec.train.batch_size import graphs_to_come, settle_batch_size
 from lowprec.train.calibration import calibration_batch
 from lowprec.train.clock import Mark
 from lowprec.train.compile import compile_layers, compile_seconds
@@ -32,9 +34,10 @@ from lowprec.train.evaluation import answer, evaluate
 from lowprec.train.interrupt import StopRequest, stop_on_signals
 from lowprec.train.launch import claim_run_folder, start_accelerator
 from lowprec.train.nonfinite import NonFiniteError, find_origin
+from lowprec.train.options import AUTO
 from lowprec.train.out_of_memory import OutOfMemoryError, explain
 from lowprec.train.recorder import Recorder
-from lowprec.train.resume import check_same_run, nothing_to_do
+from lowprec.train.resume import check_same_run, nothing_to_do, stored_graphs
 from lowprec.train.state import TrainState, random_state, trainable
 from lowprec.train.step import StepScalars, TrainStep
 
@@ -61,7 +64,9 @@ def train(recipe: Recipe, console: Console | None = None) -> Status:
         console.print(nothing_to_do(recipe), markup=False)
         return Status.FINISHED
     try:
-        with stop_on_signals() as stop:
+        with stop_on_signals() as stop, limited(accelerator.device, recipe.profile.vram_limit_gib) as told:
+            if told is not None:
+                console.print(told, markup=False, highlight=False)
             return Run(recipe, folder, accelerator, console, stop).execute()
     finally:
         accelerator.end_training()
@@ -148,12 +153,12 @@ class Run:
         with self.console.status("Reading the data") as reading:
             self.data = prepare_data(recipe.data, self.tokenizer, on_progress=reading.update)
         self.console.print(self.data.summary)
+        choice = self._settle()
         self.model = load_model(recipe.model)
-        policy = choose_policy(recipe, device)
-        no_graphs = None
-        if options.cuda_graphs:
-            packed = COMPUTE_DTYPE[recipe.model.dtype] if recipe.data.packing else None
-            no_graphs = why_no_graphs(self.model, policy[0], device, packed)
+        packed = COMPUTE_DTYPE[recipe.model.dtype] if recipe.data.packing else None
+        choice = choice.checked(self.model, device, packed)
+        if options.cuda_graphs == AUTO:
+            options.cuda_graphs = choice.graphs  # so that the recipe stored with the run says how rows were padded
         attend_without_masks(self.model, recipe.data.max_length + options.sample_max_new_tokens)
         calibration = calibration_batch(recipe.wrap, self.data, self.tokenizer.pad_token_id, device)
         if calibration is not None:
@@ -166,14 +171,16 @@ class Run:
             frozen=recipe.choice("adapter") != "none",
             device=device,
             use_liger_kernel=options.use_liger_kernel,
-            in_graphs=options.cuda_graphs and no_graphs is None,
+            in_graphs=choice.graphs,
         )
         plain = [f"All {len(layers.rows)} linear layers stay in {recipe.model.dtype}.", *layers.fused_lines()]
         self.console.print(layers if layers.converted else "\n".join(plain), markup=False, highlight=False)
         self.model = recipe.adapter.attach(self.model)
         self._use_cache = self.model.config.use_cache
         self.model.config.use_cache = False  # of no use in training; put back in what is saved
-        self.activations = keep_activations(self.model, *policy, graphs=options.cuda_graphs, no_graphs=no_graphs)
+        self.activations = keep_activations(
+            self.model, choice.policy, choice.why, graphs=choice.graphs, no_graphs=choice.no_graphs
+        )
         self.console.print(self.activations.told(), markup=False, highlight=False)
         self.model.to(device).train()
         fused = recipe.adapter.fuse(self.model)
@@ -190,7 +197,10 @@ class Run:
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.loader = self._loader()
         if options.find_batch_size:
-            found = settle_batch_size(recipe, self.folder.resume_from, self.wrapped, self.loader, self.accelerator)
+            to_come = graphs_to_come(choice.of(recipe), self.model.config)
+            found = settle_batch_size(
+                recipe, self.folder.resume_from, self.wrapped, self.loader, self.accelerator, to_come
+            )
             if found is not None:
                 self.recorder.facts["find_batch_size"] = asdict(found)
                 self.console.print(found.told(), highlight=False)
@@ -211,8 +221,29 @@ class Run:
         self.recorder.facts.update(layers=counts, wrap=layers.to_dict(), notes=notes)
         self._describe()
 
-    def _loader(self) -> StepLoader:
+    def _settle(self) -> Choice:
+        """What is kept for backward, and whether layers are replayed: as the checkpoint has it, or chosen now."""
+        options, checkpoint = self.recipe.train, self.folder.resume_from
+        if options.cuda_graphs == AUTO and checkpoint is not None:
+            options.cuda_graphs = stored_graphs(checkpoint)
+        data, against = self.recipe.data, ""
+        if self.accelerator.num_processes > 1:
+            against = "several processes train, and auto decides for one alone"
+        pads = not data.packing and data.padding(few_shapes=True) != data.padding(few_shapes=False)
+        weighed = self._row_lengths if pads else None
+        return settle_on(self.recipe, self.accelerator.device, row_lengths=weighed, against_graphs=against)
+
+    def _row_lengths(self) -> RowLengths:
+        plain, padded = (self._loader(few_shapes).mean_row_length for few_shapes in (False, True))
+        return None if plain is None or padded is None else (plain, padded)
+
+    def _loader(self, few_shapes: bool | None = None) -> StepLoader:
+        """
+        Args:
+            few_shapes: whether rows are padded for graphs; by default as was settled.
+        """
         options = self.recipe.train
+        few_shapes = bool(options.cuda_graphs) if few_shapes is None else few_shapes
         return StepLoader(
             self.data,
             per_device_batch_size=options.per_device_train_batch_size,
@@ -221,7 +252,7 @@ class Run:
             world_size=self.accelerator.num_processes,
             seed=options.seed,
             pad_token_id=self.tokenizer.pad_token_id,
-            pad_to_multiple_of=self.recipe.data.padding(few_shapes=options.cuda_graphs),
+            pad_to_multiple_of=self.recipe.data.padding(few_shapes),
             device=self.accelerator.device,
         )
 
@@ -350,6 +381,7 @@ class Run:
 
     def _fail(self, pending: _Pending, loss: float, grad_norm: float) -> None:
         self.progress["step"] = pending.row["step"] - 1
+        self.activations.forget_graphs()
         origin = find_origin(self.model, pending.batch, pending.random_state, self.accelerator)
         raise NonFiniteError(
             f"Step {pending.row['step']} is not finite (loss {loss}, gradient norm {grad_norm}): it arose in the "

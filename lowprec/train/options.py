@@ -33,11 +33,12 @@ class Train:
     ``full``, ``false`` is ``none``."""
     use_liger_kernel: bool = True
     """Liger's kernels for norms, gated MLPs and rotary embeddings of this run's model, where the device runs them."""
-    cuda_graphs: bool = False
-    """Replay decoder layers as CUDA graphs, where the host is slower than the device. A shape of the batches that comes
-    for the third time is recorded, up to eight; rows are padded so that few come (``data.pad_to_multiple_of``). The
-    layers' memory stays taken between replays. The run says where there are none, and why; the report, what was not
-    recorded."""
+    cuda_graphs: bool | str = AUTO
+    """Replay decoder layers as CUDA graphs, so that the host launches a layer at once. A shape of the batches that
+    comes for the third time is recorded, up to eight; rows are padded so that few come (``data.pad_to_multiple_of``).
+    The layers' memory stays taken between replays. ``auto`` does so on a CUDA device where it can, where the predicted
+    memory is free, and where the padding costs less time than it saves (:mod:`lowprec.plan.settle`). The run says where
+    there are none, and why; the report, what was not recorded."""
     torch_compile: bool = False
     """Compile the decoder layers, with ``gradient_checkpointing`` none or full."""
     max_grad_norm: float | None = 1.0
@@ -69,7 +70,8 @@ class Train:
                 f"train.torch_compile=true does not work with train.gradient_checkpointing="
                 f"{self.gradient_checkpointing}: choose none or full, or train.torch_compile=false."
             )
-        if self.torch_compile and self.cuda_graphs:
+        self.cuda_graphs = _auto_or_bool("cuda_graphs", self.cuda_graphs)
+        if self.torch_compile and self.cuda_graphs is True:
             raise UserError(
                 "train.torch_compile=true and train.cuda_graphs=true: a layer is compiled or recorded, not both. Leave "
                 "one of them out."
@@ -100,6 +102,13 @@ def _policy(value: str) -> str:
             f"train.gradient_checkpointing={value} is not one of {', '.join(CHECKPOINTING)}, true (full), false (none)."
         )
     return policy
+
+
+def _auto_or_bool(key: str, value: bool | str) -> bool | str:
+    choices: dict[str, bool | str] = {AUTO: AUTO, "true": True, "false": False}
+    if str(value).lower() not in choices:
+        raise UserError(f"train.{key}={value} is not one of auto, true, false.")
+    return choices[str(value).lower()]
 
 
 def _at_least_one(key: str, value: int) -> None:

@@ -5,6 +5,7 @@ from torch import nn
 
 from lowprec.config import Recipe
 from lowprec.errors import UserError
+from lowprec.plan.graphs import in_graphs
 
 GIB = 2**30
 
@@ -42,7 +43,7 @@ def explain(recipe: Recipe, model: nn.Module | None, optimizer: torch.optim.Opti
 def remedies(recipe: Recipe, states_dominate: bool = False) -> list[str]:
     """Keys and values that lower the memory, the cheapest first."""
     train = recipe.train
-    found = []
+    found = ["train.cuda_graphs=false"] if in_graphs(recipe) else []
     lighter = {"none": "full", "selective": "full", "full": "offload", "auto": "full"}.get(train.gradient_checkpointing)
     if lighter is not None:
         found.append(f"train.gradient_checkpointing={lighter}")

@@ -75,6 +75,12 @@ def stored_division(checkpoint: Path) -> tuple[int, int] | None:
     return (size, accumulation) if size and accumulation else None
 
 
+def stored_graphs(checkpoint: Path) -> bool:
+    """What ``train.cuda_graphs`` was, settled, for the run that wrote a checkpoint: rows are padded by it."""
+    stored = _flat(OmegaConf.to_container(OmegaConf.create((checkpoint / RECIPE_FILE).read_text())))
+    return stored.get("train.cuda_graphs") is True
+
+
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:
     if not isinstance(node, dict):
         return {prefix: node}

@@ -42,6 +42,9 @@ class Rehearsal:
     def prepare(self):
         pass
 
+    def forget(self):
+        self._shared = {}
+
     def record(self, function):
         first = function()
         if function.__name__ == "backward":
@@ -344,12 +347,30 @@ def test_a_layer_that_is_called_by_keywords_alone_takes_the_ordinary_path(monkey
     assert torch.equal(layer._gradient_checkpointing_func(calls), 2 * x)
 
 
-def test_the_report_says_why_there_are_none_though_asked_for():
-    activations = keep_activations(tiny_model("llama"), "full", graphs=True, no_graphs="there is no CUDA device")
+def test_the_report_says_why_there_are_none():
+    activations = keep_activations(tiny_model("llama"), "full", no_graphs="there is no CUDA device")
     assert activations.to_dict()["cuda_graphs"] == {"why_not": "there is no CUDA device"}
     assert "No CUDA graphs: there is no CUDA device" in activations.told()
-    plain = keep_activations(tiny_model("llama"), "full", no_graphs="there is no CUDA device")
+    plain = keep_activations(tiny_model("llama"), "full")
     assert "cuda_graphs" not in plain.to_dict() and "graphs" not in plain.told()
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_forgotten_graphs_give_their_memory_back_and_are_recorded_again(policy, monkeypatch):
+    model, plain = tiny_model("llama"), tiny_model("llama")
+    keep_activations(plain, policy)
+    activations, recorder = graphed(model, policy, monkeypatch)
+    layers = len(model.model.layers)
+    same(train(model, 4), train(plain, 4))
+    assert recorder.replays == 2 * layers * 2
+    activations.forget_graphs()
+    graphs = activations.graphs
+    assert not graphs.recorded and not graphs.places and not graphs.reason
+    same(train(model, 2), train(plain, 2))
+    assert recorder.replays == 2 * layers * 2, "the first two take the ordinary path, as at the beginning"
+    same(train(model, 2), train(plain, 2))
+    assert recorder.replays == 2 * layers * 4
+    keep_activations(plain, policy).forget_graphs()  # of none, nothing
 
 
 def test_why_not():

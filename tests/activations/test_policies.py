@@ -5,12 +5,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from lowprec.activations import POLICIES, choose_policy, keep_activations
+from lowprec.activations import POLICIES, keep_activations
 from lowprec.activations.offload import Offload
-from lowprec.activations.policy import fitting
 from lowprec.activations.selective import Cost, Selective, choose, measure
 from lowprec.attention import attend_without_masks
-from lowprec.config import resolve
 from lowprec.errors import UserError
 from lowprec.testing import ARCHITECTURES, tiny_model
 
@@ -163,19 +161,6 @@ def test_models_without_layers_to_compute_again_are_refused():
     with pytest.raises(UserError, match="gradient_checkpointing=none"):
         keep_activations(torch.nn.Linear(2, 2), "full")
     assert keep_activations(torch.nn.Linear(2, 2), "none").policy == "none"
-
-
-def test_auto_takes_the_first_that_is_predicted_to_fit():
-    overrides = ["model.model_name_or_path=./nowhere", "data.path=none", "train.gradient_checkpointing=auto"]
-    recipe = resolve("full", [*overrides, "data.max_length=64"])[0]
-    config = tiny_model("llama").config
-    policy, why = fitting(recipe, 100.0, config)
-    assert policy == "none" and why.endswith("of 100.0 GiB are predicted")
-    policy, why = fitting(recipe, 0.1, config)
-    assert policy == "offload" and why.endswith("more than the 0.1 that there are")
-    assert choose_policy(recipe, torch.device("cpu"))[0] == "none"
-    policy, why = fitting(recipe, 8.0)
-    assert policy == "full" and "could not be predicted" in why and "nowhere" in why
 
 
 @pytest.mark.gpu

@@ -84,6 +84,8 @@ def test_padding_share_is_what_an_epoch_holds(steps: Any, prepared: Prepare) -> 
     batches = steps.take(one, one.steps_per_epoch or 0)
     padding, tokens = sum(b.num_padding for b in batches), sum(b.num_tokens for b in batches)
     assert one.padding_share == padding / (padding + tokens)
+    rows = sum(len(inputs["input_ids"]) for batch in batches for inputs in batch.micro_batches)
+    assert one.mean_row_length == pytest.approx((padding + tokens) / rows)
 
 
 @pytest.mark.parametrize("packing", [False, True])

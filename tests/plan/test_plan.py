@@ -17,9 +17,9 @@ from lowprec.errors import UserError
 from lowprec.layers.nf4 import NF4
 from lowprec.machine import named_card
 from lowprec.optim import AdamW
-from lowprec.plan import Planner, fitting_policy, predict
+from lowprec.plan import Planner, predict
 from lowprec.plan.predict import GIB, PARTS, parse_gib
-from lowprec.plan.run import find_machine, own_vram_gib, with_checkpointing
+from lowprec.plan.run import find_machine, own_vram_gib
 from lowprec.plan.schemes import without_data
 from lowprec.plan.search import last_that_fits
 from lowprec.plan.states import Trained, states_of
@@ -152,19 +152,6 @@ def test_one_step_is_traced_for_all_states_of_an_optimizer(folder, monkeypatch):
     assert len(traced) == 1 and len({peak.parts["optimizer"] for peak in found}) == len(others)
     alone = [Planner(planner.config, planner.machine).predict(recipe).peak for recipe in recipes]
     assert found == alone and len(traced) == 5
-
-
-def test_policies_are_tried_from_the_fastest_on(folder):
-    recipe, _ = resolve("lora", [f"model.model_name_or_path={folder}", "data.path=x", "data.max_length=512"])
-    chance = torch.get_rng_state()
-    planner = Planner(tiny_model("llama", num_hidden_layers=7).config, None)
-    needs = {p: planner.predict(with_checkpointing(recipe, p)).total / GIB for p in ("none", "full")}
-    assert needs["full"] < needs["none"]
-    assert fitting_policy(planner, recipe, needs["none"])[0] == "none"
-    assert fitting_policy(planner, recipe, needs["full"])[0] != "none"
-    assert fitting_policy(planner, recipe, 0.001)[0] == "offload"
-    assert torch.equal(torch.get_rng_state(), chance), "training that asks for a plan must not change by it"
-
 
 def test_without_a_card_there_are_no_times(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))

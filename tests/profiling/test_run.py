@@ -12,8 +12,10 @@ from rich.console import Console
 from lowprec.cli import main
 from lowprec.config import resolve
 from lowprec.errors import UserError
+from lowprec.plan.settle import Choice
 from lowprec.profiling.folder import read, read_two
 from lowprec.profiling.run import profile_recipe
+from tests.activations.test_graphs import Rehearsal
 from tests.train.conftest import arguments, fresh_accelerate, tiny  # noqa: F401  fixtures
 
 QUICK = ("profile.warmup_steps=1", "profile.steps=3")
@@ -60,6 +62,24 @@ def test_a_whole_profile(lora, folder):
     assert "adapter" in written["recipe"] and str(folder) in printed.replace("\n", "")
     with gzip.open(folder / "trace.json.gz", "rt") as file:
         assert any("mm" in event.get("name", "") for event in json.load(file)["traceEvents"])
+
+
+def test_layers_in_graphs_make_room_before_memory_is_followed(lora, folder, monkeypatch):
+    """On the CPU, with a recorder that takes the recorded function again."""
+    forgotten = []
+
+    class Recorder(Rehearsal):
+        def forget(self):
+            forgotten.append(self.replays)
+
+    monkeypatch.setattr("lowprec.train.loop.settle_on", lambda *args, **keys: Choice("full", "of the test", True))
+    monkeypatch.setattr("lowprec.plan.settle.why_no_graphs", lambda *args: None)
+    monkeypatch.setattr("lowprec.activations.graphs.Recorder", Recorder)
+    figures, printed = lora("train.gradient_accumulation_steps=1", "data.pad_to_multiple_of=96")
+    assert "Layers as CUDA graphs." in printed and "cuda_graphs: true" in figures["recipe"]
+    assert len(forgotten) == 1 and forgotten[0] > 0, "replayed before"
+    assert figures["status"] == "ok" and figures["memory"]["parts_gib"]["activations"] > 0
+    assert any(re.match(r"Recording layers as CUDA graphs took \d+\.\d s", note) for note in figures["notes"])
 
 
 def test_the_page_holds_all_it_shows(lora, folder):

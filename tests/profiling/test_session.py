@@ -39,7 +39,7 @@ def test_any_loop(tmp_path):
                 optimizer.step()
                 optimizer.zero_grad()
     assert not model._forward_hooks and not any(m._forward_pre_hooks for m in model.modules())
-    assert stages == ["warm-up", "measured", "measured", "memory", "kernels", "done"]
+    assert stages == ["warm-up", "measured", "measured", "kernels", "memory", "done"]
     figures = profile.figures()
     assert figures["status"] == "ok" and figures["phases_ms"]["data"] >= 3
     assert all(figures["phases_ms"][phase] > 0 for phase in ("forward", "backward", "optimizer", "other"))
@@ -63,7 +63,7 @@ def test_a_loop_that_ends_early_says_so_and_one_that_runs_out_of_memory_too(tmp_
     assert figures["status"] == "incomplete" and figures["steps"] == 1 and figures["memory"] is None
     assert figures["tokens_per_second"] is None and figures["all_tokens_per_second"] > 0
     assert "incomplete" in page(figures) and "incomplete" in str(profile)
-    assert "2 of 8 steps" in figures["notes"][0], "warm-up, five, memory and kernels"
+    assert "2 of 8 steps" in figures["notes"][0], "warm-up, five, kernels and memory"
     with pytest.raises(torch.OutOfMemoryError), lowprec.profile(model, optimizer) as profile, profile.step():
         raise torch.OutOfMemoryError("no more")
     assert profile.figures()["status"] == "out_of_memory"
@@ -126,7 +126,7 @@ def test_utilisation_is_of_the_measured_speed_where_the_step_that_was_counted_is
     monkeypatch.setattr("lowprec.profiling.flops.peak_tflops", lambda device: ({"fp32": 1.0}, "a table"))
     weight = torch.ones(64, 64, requires_grad=True)
     with lowprec.profile(warmup_steps=1, steps=2) as profile:
-        for rows in (32, 32, 32, 320, 32):
+        for rows in (32, 32, 32, 32, 320):
             with profile.step(tokens=rows - 8, padding=8):
                 (torch.ones(rows, 64) @ weight).sum().backward()
     figures = profile.figures()

@@ -5,9 +5,11 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from lowprec.config import resolve
 from lowprec.profiling.alive import Alive
 from lowprec.run_folder import read_metrics, read_report
-from lowprec.train.batch_size import divisors, largest_that_fits
+from lowprec.testing import tiny_model
+from lowprec.train.batch_size import divisors, graphs_to_come, largest_that_fits
 from lowprec.train.out_of_memory import OutOfMemoryError
 from tests.train.conftest import run
 from tests.train.test_resume import settled
@@ -64,6 +66,10 @@ def test_found_under_a_limit_and_bit_identical_to_the_same_by_hand(arguments, tm
     assert report["find_batch_size"] == {"batch_size": 2, "accumulation": 4, "too_large": 4}
     assert "per_device_train_batch_size: 2\n" in (tmp_path / "found" / "recipe.yaml").read_text()
 
+    keys = ("train.find_batch_size=true", "train.max_steps=1", f"profile.vram_limit_gib={limit / 2**30}")
+    printed = run("lora", arguments(*COMMON, *keys, output="by_key"))[1]
+    assert "2 of the longest samples fit at once, 4 did not" in printed and "is simulated on this processor" in printed
+
     by_hand = ("train.per_device_train_batch_size=2", "train.gradient_accumulation_steps=4")
     run("lora", arguments(*COMMON, *by_hand, output="by_hand"))
     assert settled(tmp_path / "found") == settled(tmp_path / "by_hand")
@@ -90,6 +96,20 @@ def test_a_stream_is_tried_at_its_greatest_length(arguments, tmp_path):
 def test_not_even_one_sample_fits(arguments):
     with pytest.raises(OutOfMemoryError, match=r"data\.max_length|weights=nf4"):
         limited_run(arguments, 600_000, "train.find_batch_size=true", output="none")
+
+
+def test_what_graphs_hold_is_kept_free(monkeypatch):
+    config = tiny_model("llama", num_hidden_layers=6, hidden_size=256).config
+    keys = ["model.model_name_or_path=./nowhere", "data.path=none", "data.max_length=256"]
+
+    def to_come(*more):
+        return graphs_to_come(resolve("lora", [*keys, *more])[0], config)
+
+    few, many = (to_come("train.cuda_graphs=true")(rows) for rows in (1, 16))
+    assert 0 < few < many
+    assert to_come("train.cuda_graphs=false")(4) == 0
+    monkeypatch.setattr("lowprec.plan.Planner.predict", None)  # of a model that cannot be traced nothing is known
+    assert to_come("train.cuda_graphs=true")(4) == 0
 
 
 @pytest.mark.gpu

@@ -72,6 +72,19 @@ def test_what_does_not_go_together_is_refused():
 
 
 @pytest.mark.parametrize(
+    ("given", "found"), [("auto", "auto"), ("Auto", "auto"), ("true", True), ("false", False), ("'true'", True)]
+)
+def test_graphs_are_a_choice_of_three(given, found):
+    common = ["model.model_name_or_path=x", "data.path=y"]
+    recipe = resolve("lora", [*common, f"train.cuda_graphs={given}"])[0]
+    assert recipe.train.cuda_graphs == found
+    assert f"cuda_graphs: {str(found).lower()}\n" in recipe.to_yaml()
+    assert resolve("lora", [*common, "train.torch_compile=true"])[0].train.cuda_graphs == "auto"
+    with pytest.raises(UserError, match="train.cuda_graphs=some is not one of auto, true, false"):
+        resolve("lora", [*common, "train.cuda_graphs=some"])
+
+
+@pytest.mark.parametrize(
     ("given", "policy"), [("true", "full"), ("false", "none"), ("selective", "selective"), ("auto", "auto")]
 )
 def test_policies_and_their_old_spelling(given, policy):

@@ -10,8 +10,10 @@ from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowprec.checkpoint import damage
 from lowprec.errors import UserError
+from lowprec.plan.settle import Choice
 from lowprec.run_folder import Status, read_metrics, read_report
 from lowprec.testing import ARCHITECTURES, save_tiny
+from tests.activations.test_graphs import Rehearsal
 from tests.train.conftest import run
 
 REPORT_FIELDS = {
@@ -113,6 +115,54 @@ def test_activation_policies_change_no_number(arguments, tmp_path):
     _, printed = run("full", arguments("train.gradient_checkpointing=selective", again, output="resumed"))
     assert [r["loss"] for r in read_metrics(tmp_path / "resumed") if "loss" in r] == losses["none"][3:]
     assert "gradient_checkpointing was" not in printed
+
+
+def test_graphs_by_default_change_nothing_on_a_processor(arguments, tmp_path, monkeypatch):
+    monkeypatch.setattr("lowprec.plan.settle.Planner", None)  # nothing is planned
+    losses = {}
+    for name, extra in (("auto", ()), ("false", ("train.cuda_graphs=false",))):
+        _, printed = run("full", arguments(*extra, output=name))
+        losses[name] = [row["loss"] for row in read_metrics(tmp_path / name) if "loss" in row]
+        assert "CUDA graphs" not in printed and "cuda_graphs" not in read_report(tmp_path / name)["activations"]
+        assert "cuda_graphs: false\n" in (tmp_path / name / "recipe.yaml").read_text(), "as it was settled"
+    assert losses["auto"] == losses["false"]
+    paddings = [read_report(tmp_path / name)["data"]["padding_share"] for name in losses]
+    assert paddings[0] == paddings[1]
+
+
+def test_a_run_whose_layers_are_replayed_says_so(arguments, tmp_path, monkeypatch):
+    """On the CPU, with a recorder that takes the recorded function again."""
+    run("full", arguments("train.cuda_graphs=true", output="ordinary"))  # padded, and not recorded
+    asked = []
+
+    def settle_on(recipe, device, *, row_lengths, against_graphs):
+        asked.append((*row_lengths(), against_graphs))
+        return Choice("none", "of the test", True)
+
+    monkeypatch.setattr("lowprec.train.loop.settle_on", settle_on)
+    monkeypatch.setattr("lowprec.plan.settle.why_no_graphs", lambda *args: None)
+    monkeypatch.setattr("lowprec.activations.graphs.Recorder", Rehearsal)
+    _, printed = run("full", arguments())
+    ((plain, padded, against),) = asked
+    assert 0 < plain < padded < plain + 12 and not against and "Layers as CUDA graphs." in printed
+    assert read_report(tmp_path / "run")["activations"]["cuda_graphs"]["graphs"] > 0
+    assert "cuda_graphs: true\n" in (tmp_path / "run" / "recipe.yaml").read_text()
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r] for name in ("run", "ordinary")]
+    assert losses[0] == losses[1]
+
+
+def test_a_resumed_run_pads_as_the_checkpoint_was_padded(arguments, tmp_path):
+    run("full", arguments("train.cuda_graphs=true", "train.save_steps=3", output="whole"))
+    again = f'train.resume_from_checkpoint="{tmp_path / "whole" / "checkpoints" / "step-3"}"'
+    _, printed = run("full", arguments(again, output="resumed"))
+    assert "not that of one run" not in printed
+    losses = [[r["loss"] for r in read_metrics(tmp_path / name) if "loss" in r][-3:] for name in ("whole", "resumed")]
+    assert losses[0] == losses[1]
+    shares = [read_report(tmp_path / name)["data"]["padding_share"] for name in ("whole", "resumed")]
+    assert shares[0] == shares[1]
+    assert "cuda_graphs: true\n" in (tmp_path / "resumed" / "recipe.yaml").read_text()
+    _, printed = run("full", arguments(again, "train.cuda_graphs=false", output="otherwise"))
+    assert "train.cuda_graphs was True in the checkpoint and is False now: the rest is not that of one run" in printed
 
 
 def test_the_report_lists_the_fused_parts(arguments, tmp_path):

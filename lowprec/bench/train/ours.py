@@ -7,7 +7,7 @@ from typing import Any
 import torch
 from accelerate import Accelerator
 
-from lowprec.activations import choose_policy, keep_activations, why_no_graphs
+from lowprec.activations import keep_activations
 from lowprec.attention import attend_without_masks
 from lowprec.bench.train.clock import cap_memory, time_steps
 from lowprec.bench.train.works import Work
@@ -16,6 +16,7 @@ from lowprec.data import StepBatch
 from lowprec.data.collate import trained_positions
 from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
+from lowprec.plan.settle import settle_on
 from lowprec.prepare import wrap
 from lowprec.profiling.kernels import traced
 from lowprec.train.step import TrainStep
@@ -44,10 +45,10 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     accelerator = Accelerator(
         cpu=device.type == "cpu", mixed_precision="bf16" if recipe.model.dtype == "bf16" else "no"
     )
-    policy = choose_policy(recipe, device, AutoConfig.for_model(**work.shape))
+    choice = settle_on(recipe, device, config=AutoConfig.for_model(**work.shape))
     model = random_model(work.shape, recipe.model.torch_dtype, device)
     attend_without_masks(model, work.length)
-    no_graphs, graphs = why_no_graphs(model, policy[0], device), recipe.train.cuda_graphs
+    choice = choice.checked(model, device)
     frozen = recipe.choice("adapter") != "none"
     use_liger = recipe.train.use_liger_kernel
     layers = wrap(
@@ -56,10 +57,10 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
         frozen=frozen,
         device=device,
         use_liger_kernel=use_liger,
-        in_graphs=graphs and no_graphs is None,
+        in_graphs=choice.graphs,
     )
     model = recipe.adapter.attach(model)
-    activations = keep_activations(model, *policy, graphs=graphs, no_graphs=no_graphs)
+    activations = keep_activations(model, choice.policy, choice.why, graphs=choice.graphs, no_graphs=choice.no_graphs)
     model.to(device).train()
     fused = recipe.adapter.fuse(model)
     optimizer = recipe.optimizer.build(model, recipe.state_store)
@@ -96,7 +97,9 @@ def recipe_of(work: Work, folder: Path, device: torch.device) -> Recipe:
         overrides.append("model.dtype=" + ("bf16" if device.type == "cuda" else "fp32"))
     if "state_store=ssd" in work.overrides:
         overrides.append(f"state_store.path={folder / 'states'}")
-    return resolve(work.recipe, overrides)[0]
+    recipe = resolve(work.recipe, overrides)[0]
+    recipe.train.per_device_train_batch_size, recipe.data.max_length = work.batch, work.length  # what auto settles by
+    return recipe
 
 
 def random_batch(vocab_size: int, rows: int, length: int, device: torch.device) -> StepBatch:

@@ -98,7 +98,7 @@ def all_works() -> dict[str, Work]:
     lean = ("train.gradient_checkpointing=offload",)
     # Graphs hold memory of their own: where the least is asked for, layers are launched kernel by kernel.
     leaner = (*lean, "optimizer.state_dtype=int8", "train.max_grad_norm=null")  # and no gradient outlives its update
-    least = (*leaner, "state_store=cpu")
+    least = (*leaner, "state_store=cpu", "weights.product=int8")
     works = [
         _qlora("qlora_8b", LLAMA_8B, 2, 2048, *lean, peers=QLORA_PEERS,
                target="1.5x unsloth's tokens/s in no more memory; 2.2x transformers'"),
