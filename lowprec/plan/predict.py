@@ -200,7 +200,9 @@ class Planner:
 
     def _read_memory(self, recipe: Recipe, found: "_Traced", rows: int, length: int) -> None:
         events = list(found.tape.events())
-        self._memories[self.key(recipe), rows, length, in_graphs(recipe)] = self._memory_of(recipe, events, rows * length)
+        self._memories[self.key(recipe), rows, length, in_graphs(recipe)] = self._memory_of(
+            recipe, events, rows * length
+        )
 
     def _memory_of(self, recipe: Recipe, events: list[Event], tokens: int) -> tuple[Peak, int]:
         expandable = sys.platform == "linux"  # lowprec switches them on, which PyTorch has there alone

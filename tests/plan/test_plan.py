@@ -153,6 +153,7 @@ def test_one_step_is_traced_for_all_states_of_an_optimizer(folder, monkeypatch):
     alone = [Planner(planner.config, planner.machine).predict(recipe).peak for recipe in recipes]
     assert found == alone and len(traced) == 5
 
+
 def test_without_a_card_there_are_no_times(folder, monkeypatch, tmp_path):
     monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
     if torch.cuda.is_available():
