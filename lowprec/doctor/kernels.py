@@ -82,6 +82,11 @@ def trials(device: torch.device) -> Iterator[Trial]:
             ends = torch.tensor([SIZE // 4, SIZE // 4, SIZE], dtype=torch.int32, device=device)
             experts = (a, scale_a, b.expand(3, -1, -1).contiguous(), scale_b.repeat(3, 1), ends, torch.bfloat16, True)
             yield Trial("fp8 grouped product", _backends("scaled_grouped_matmul"), partial(tuple, experts), without)
+    for kind in ("SwiGLU", "GeGLU"):
+        gated = (x, y, kind)
+        yield Trial(f"{kind}, cast to fp8", _backends("quantize_gated"), partial(tuple, gated))
+        gradients, errors = _backends("quantize_gated", "GRADIENT_BACKENDS"), (y, *gated, None)
+        yield Trial(f"{kind} gradients, cast to fp8", gradients, partial(tuple, errors))
     packed = _packed(x)
     yield Trial("NF4 decoding", _backends("decode_nf4"), lambda: (packed, SIZE, torch.empty_like(x), None, 1, 1, False))
     targets = torch.arange(SIZE, device=device)

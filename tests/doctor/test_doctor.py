@@ -220,6 +220,7 @@ def test_every_kernel_is_tried():
         "scaled_matmul": "fp8 product",
         "nf4": "NF4 decoding",
         "cross_entropy": "cross-entropy",
+        "gated_rows": "SwiGLU, cast to fp8",
     }
     folder = Path(lowprec_kernels.__file__).parent
     written = {file.parent.name for file in folder.glob("*/triton_kernel.py")}

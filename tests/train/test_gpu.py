@@ -7,7 +7,6 @@ from rich.console import Console
 from lowprec.config import resolve
 from lowprec.plan import Planner, model_config
 from lowprec.plan.run import find_machine
-from lowprec.plan.settle import FOR_GRAPHS
 from lowprec.run_folder import read_metrics, read_report
 from lowprec.testing import save_tiny
 from lowprec.train.interrupt import StopRequest
@@ -120,17 +119,19 @@ def test_layers_are_recorded_by_default(arguments, tmp_path):
     assert "cuda_graphs: true\n" in (tmp_path / "run" / "recipe.yaml").read_text()
 
 
-def test_where_graphs_do_not_fit_layers_are_not_recorded(arguments, tmp_path):
+def test_where_graphs_do_not_fit_layers_are_not_recorded(arguments, tmp_path, monkeypatch):
+    share = 0.5  # room for a context that is larger than the plan takes it to be
+    monkeypatch.setattr("lowprec.plan.settle.FOR_GRAPHS", share)
     save_tiny(tmp_path / "wide", "llama", hidden_size=1024, intermediate_size=4096, num_hidden_layers=4)
     wide = (f'model.model_name_or_path="{tmp_path / "wide"}"', "model.dtype=bf16")
     keys = dict(pair.split("=", 1) for pair in arguments(*wide, "train.cuda_graphs=true"))
     recipe = resolve("full", [f"{key}={value}" for key, value in keys.items()])[0]
     need = Planner(model_config(recipe.model), find_machine(None)[0]).predict(recipe).total / 2**30
-    _, printed = run("full", arguments(*wide, f"profile.vram_limit_gib={0.99 * need / FOR_GRAPHS}"))
+    _, printed = run("full", arguments(*wide, f"profile.vram_limit_gib={0.99 * need / share}"))
     why = read_report(tmp_path / "run")["activations"]["cuda_graphs"]["why_not"]
-    assert "more than 90%" in why and printed.count("No CUDA graphs: with them") == 1
+    assert "more than 50%" in why and printed.count("No CUDA graphs: with them") == 1
     assert "cuda_graphs: false\n" in (tmp_path / "run" / "recipe.yaml").read_text()
-    run("full", arguments(*wide, f"profile.vram_limit_gib={1.2 * need}", output="roomy"))
+    run("full", arguments(*wide, f"profile.vram_limit_gib={1.1 * need / share}", output="roomy"))
     assert "why_not" not in read_report(tmp_path / "roomy")["activations"]["cuda_graphs"]
 
 
