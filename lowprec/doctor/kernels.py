@@ -87,6 +87,8 @@ def trials(device: torch.device) -> Iterator[Trial]:
         yield Trial(f"{kind}, cast to fp8", _backends("quantize_gated"), partial(tuple, gated))
         gradients, errors = _backends("quantize_gated", "GRADIENT_BACKENDS"), (y, *gated, None)
         yield Trial(f"{kind} gradients, cast to fp8", gradients, partial(tuple, errors))
+    norm = (y, x, x[0].contiguous(), torch.rand(SIZE, device=device) + 0.5, 1.0, True)
+    yield Trial("RMSNorm's gradients", _backends("rms_norm"), partial(tuple, norm))
     packed = _packed(x)
     yield Trial("NF4 decoding", _backends("decode_nf4"), lambda: (packed, SIZE, torch.empty_like(x), None, 1, 1, False))
     targets = torch.arange(SIZE, device=device)

@@ -6,6 +6,7 @@ from types import FunctionType
 from typing import Any
 
 import torch
+from lowprec_kernels.rms_norm import num_programs
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import unset_fake_temporarily
 
@@ -52,7 +53,7 @@ def _with_stand_in(kind: Any, in_place: bool) -> FunctionType:
 
 
 class _Norm(torch.autograd.Function):
-    """Keeps X, W and one fp32 a row; backward makes E_X (zeros first) and a partial sum of G for a multiprocessor."""
+    """Keeps X, W and one fp32 a row; backward makes E_X, and partial sums of G where the weight is trained."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, sm_count: int) -> Tensor:
@@ -67,11 +68,12 @@ class _Norm(torch.autograd.Function):
     def backward(ctx: Any, error: Tensor) -> tuple:  # type: ignore[override]
         rows, weight, _ = ctx.saved_tensors
         error = error.contiguous()
-        wanted = ctx.needs_input_grad[1]
-        sums = torch.empty(ctx.sm_count, error.shape[-1], dtype=torch.float32) if wanted else None
-        grad = torch.zeros_like(error.view(-1, error.shape[-1]))
-        torch.add(rows, error.view(rows.shape), out=grad)
-        return grad.view(error.shape), None if sums is None else sums.sum(0).to(weight.dtype), None
+        grad = torch.add(rows, error.view(rows.shape), out=torch.empty_like(rows))
+        if not ctx.needs_input_grad[1]:
+            return grad.view(error.shape), None, None
+        count, dim = rows.shape
+        sums = torch.empty(num_programs(count, dim, ctx.sm_count), dim, dtype=torch.float32, device=rows.device)
+        return grad.view(error.shape), torch.sum(sums, 0, out=torch.empty_like(weight)), None
 
 
 class _Gated(torch.autograd.Function):

@@ -20,7 +20,7 @@ _CLASSES = (
     ("attention", r"flash|fmha|attention|attn"),
     ("products", r"gemm|cutlass|cublas|nvjet|xmma|wgmma|splitk|_persistent|_simple|scaled_mm|scaled_matmul"
                  r"|aten::(add|baddb|b)?mm_?\b|aten::linear|_int_mm"),
-    ("optimizer", r"adam|multi_tensor|lamb|optimizer|gradient_norm"),
+    ("optimizer", r"adam|multi_tensor|optimizer|gradient_norm"),
     ("loss", r"cross_entropy|log_softmax|nll_loss|softmax"),
     ("memory moves", r"memcpy|memset|copy_kernel|fillfunctor|aten::(zero_|fill_)"),
 )  # fmt: skip

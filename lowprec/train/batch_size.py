@@ -168,7 +168,7 @@ def _fits(
     try:
         with torch.cuda.device(device) if device.type == "cuda" else nullcontext():
             if device.type == "cuda":
-                share = MARGIN * torch.cuda.get_per_process_memory_fraction(device)
+                share = MARGIN * torch.cuda.get_per_process_memory_fraction()  # it takes no "cuda" without a number
                 reserved_bytes += int(share * torch.cuda.get_device_properties(device).total_memory)
             reserved = torch.empty(reserved_bytes, dtype=torch.uint8, device=device)
             inputs = loader.longest(size)

@@ -44,8 +44,11 @@ class Stands:
         self.apply = apply
 
 
-def plain_norm(x, weight, eps, offset, casting, in_place, row_mode):
-    return norm.plain_norm(x, weight, norm.Variant(offset, casting, eps))
+def plain_norm(x, weight, eps, offset, casting, row_mode):
+    """What Liger's forward gives: the result, the rows and 1 / rms of each."""
+    rows = x.reshape(-1, x.shape[-1])
+    rstd = torch.rsqrt(rows.float().square().mean(-1) + eps)
+    return norm.plain_norm(x, weight, norm.Variant(offset, casting, eps)), rows, rstd
 
 
 @pytest.fixture
@@ -58,7 +61,7 @@ def on_any_device(monkeypatch):
     if not torch.cuda.is_available():
         monkeypatch.setattr(ops, "LigerSiLUMulFunction", Stands(mlp.PLAIN["SwiGLU"]))
         monkeypatch.setattr(ops, "LigerGELUMulFunction", Stands(mlp.PLAIN["GeGLU"]))
-        monkeypatch.setattr(ops, "LigerRMSNormFunction", Stands(plain_norm))
+        monkeypatch.setattr(ops.rms_norm, "rms_norm_forward", plain_norm)
 
 
 def ids(rows: int = 2, length: int = 10) -> torch.Tensor:

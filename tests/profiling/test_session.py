@@ -181,6 +181,7 @@ def test_parts_that_show_as_nothing_have_no_row():
         ("_persistent", "products"),
         ("_cross_entropy", "loss"),
         ("void at::native::vectorized_elementwise_kernel<4, silu>", "other"),
+        ("void at::native::elementwise_kernel<128, 4, mul_kernel_cuda(...)::{lambda(int)#1}>", "other"),
     ],
 )
 def test_kernels_are_told_by_their_names(name, kind):

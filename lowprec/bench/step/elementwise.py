@@ -1,4 +1,4 @@
-"""Norm, gated product and rotary embedding, forward and backward, bf16: Liger's kernels and PyTorch's operations."""
+"""Norm, gated product and rotary embedding, forward and backward, bf16: ours, Liger's and PyTorch's operations."""
 
 from collections.abc import Callable, Iterator
 from functools import partial
@@ -21,12 +21,14 @@ Ways = dict[str, Callable[[], torch.Tensor]]
 
 def rmsnorm(tokens: int, width: int, device: torch.device) -> Iterator[Call]:
     function = liger_functions().LigerRMSNormFunction
-    x, weight = _leaf(tokens, width, device=device), torch.ones(width, device=device, dtype=torch.bfloat16)
+    x, weight = _leaf(tokens, width, device=device), _leaf(width, device=device)
     variant = norm.Variant(0.0, "llama", 1e-6)
     ways: Ways = {
         "PyTorch": lambda: norm.plain_norm(x, weight, variant),
         "Liger": lambda: function.apply(x, weight, 1e-6, 0.0, "llama", False, None),
+        "lowprec": lambda: norm.RMSNorm.apply(x, weight, variant),
     }
+    yield from _steps(f"{tokens} x {width}, weight trained", ways, [x, weight])
     yield from _steps(f"{tokens} x {width}", ways, [x])
 
 
