@@ -3,7 +3,7 @@
     y = (w + offset) n        n = x r        r = 1 / sqrt(mean(x^2) + eps)        rows of x and y: [rows, dim]
     dx = r (e - n mean(e n))  with e = dy (w + offset)                            dw = sum over rows of dy n
 
-The rounding of n to the dtype of x, as Llama's norm has it forward, is left out: gradients are closer to the exact ones.
+The rounding of n to the dtype of x, as Llama has it forward, is left out: the gradients are closer to exact ones.
 """
 
 import torch
