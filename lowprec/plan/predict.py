@@ -233,6 +233,7 @@ class Planner:
                 micro_batches=accumulated,
                 update_bytes=3 * weights + 2 * sum(nbytes for _, nbytes in states.device),
                 in_backward=updates_in_backward(recipe),
+                fetched_bytes=rows * length * traced.fetched_bytes,
                 offloaded_bytes=found.offloaded_bytes * self._depth / traced.num_layers,
                 in_graphs=in_graphs(recipe),
             )
@@ -246,7 +247,7 @@ class Planner:
             peak=peak,
             reserved=reserved,
             context=self._context,
-            ram=_ram(recipe, traced.loaded_parameters(self._depth), states),
+            ram=_ram(recipe, traced.loaded_parameters(self._depth), states) + traced.host_bytes,
             disk=_disk(recipe, trained, states),
             states=states,
             time=time,
