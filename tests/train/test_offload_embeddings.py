@@ -17,11 +17,11 @@ KEY = "train.offload_embeddings=true"
 
 
 def figures(folder) -> tuple:
-    """Losses, sample answers and held-out losses of a run."""
+    """Losses of the steps, and held-out losses and sample answers."""
     report = read_report(folder)
-    answers = [report[name] for name in ("eval_loss_before", "eval_loss_after")]
-    samples = [p for p in sorted(folder.rglob("*")) if "sample" in p.name]
-    return [row["loss"] for row in read_metrics(folder) if "loss" in row], answers, [p.read_text() for p in samples]
+    found = [report[f"{what}_{when}"] for what in ("eval_loss", "answers") for when in ("before", "after")]
+    assert len(report["answers_after"]) == 1
+    return [row["loss"] for row in read_metrics(folder) if "loss" in row], found
 
 
 def test_on_a_processor_the_key_changes_nothing_and_says_so(arguments, tmp_path):
