@@ -221,6 +221,7 @@ def test_every_kernel_is_tried():
         "nf4": "NF4 decoding",
         "cross_entropy": "cross-entropy",
         "gated_rows": "SwiGLU, cast to fp8",
+        "host_rows": "rows of a table on the host",
     }
     folder = Path(lowprec_kernels.__file__).parent
     written = {file.parent.name for file in folder.glob("*/triton_kernel.py")}

@@ -1,5 +1,6 @@
 """``train.offload_embeddings``: the same run with the table on the host; what is refused, and what is told."""
 
+import gc
 from types import SimpleNamespace
 
 import pytest
@@ -77,16 +78,19 @@ def test_several_processes_are_refused(arguments, monkeypatch):
 def test_on_a_gpu_losses_are_the_same_bits_and_memory_falls_by_the_table(recipe, graphs, arguments, tmp_path):
     save_tiny(tmp_path / "wide", "llama", hidden_size=512, vocab_size=65536, tie_word_embeddings=False)
     fixed = (f'model.model_name_or_path="{tmp_path / "wide"}"', "model.dtype=bf16", f"train.cuda_graphs={graphs}")
+    peaks = []
     for name, more in (("plain", ()), ("host", (KEY,))):
+        gc.collect()  # what a run before has left
         torch.cuda.reset_peak_memory_stats()
         _, printed = run(recipe, arguments(*fixed, *more, "train.max_steps=8", output=name))
+        peaks.append(torch.cuda.max_memory_allocated())
     assert "(0.06 GiB) stay in pinned host memory" in printed
     assert figures(tmp_path / "host") == figures(tmp_path / "plain")
     plain, host = (read_report(tmp_path / name) for name in ("plain", "host"))
-    table = 65536 * 512 * 2 / 2**30
-    assert plain["peak_vram_gib"] - host["peak_vram_gib"] == pytest.approx(table, abs=0.003)
+    assert peaks[0] - peaks[1] == pytest.approx(65536 * 512 * 2, abs=2**21)
     if graphs == "true":
-        assert host["activations"]["cuda_graphs"] == plain["activations"]["cuda_graphs"]
+        counted = [report["activations"]["cuda_graphs"]["graphs"] for report in (host, plain)]
+        assert counted[0] == counted[1] > 0
 
 
 @pytest.mark.gpu
