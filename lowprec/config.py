@@ -225,6 +225,11 @@ def _check(recipe: Recipe) -> Recipe:
             f"wrap.calibration_samples={recipe.wrap.calibration_samples} has no effect with weights={weights}, which "
             "chooses nothing by measurement: set weights=auto, or remove it."
         )
+    if train.offload_embeddings and adapter == "none":
+        raise UserError(
+            "train.offload_embeddings=true keeps frozen embeddings on the host, and adapter=none trains them: add "
+            "adapter=lora, or set it to false."
+        )
     if train.torch_compile and data.packing:
         raise UserError(
             "train.torch_compile=true with data.packing=true would compile anew for every batch, since the samples' "

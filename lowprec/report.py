@@ -17,6 +17,7 @@ from rich.table import Table
 from torch import nn
 
 from lowprec import __version__
+from lowprec.layers.host_embedding import host_tables
 from lowprec.machine.profile import processor
 from lowprec.profiling.phases import PHASES
 
@@ -67,7 +68,7 @@ def dtypes(model: nn.Module, optimizer: torch.optim.Optimizer, compute: torch.dt
         value for state in optimizer.state.values() for value in state.values() if isinstance(value, torch.Tensor)
     )
     return {
-        "parameters": _elements(model.parameters()),
+        "parameters": _elements([*model.parameters(), *host_tables(model)]),
         "trained_parameters": _elements(p for p in model.parameters() if p.requires_grad),
         "optimizer_states": _elements(state for state in states if state.numel() > 1),
         "compute": _name(compute),

@@ -92,6 +92,8 @@ def trials(device: torch.device) -> Iterator[Trial]:
     packed = _packed(x)
     yield Trial("NF4 decoding", _backends("decode_nf4"), lambda: (packed, SIZE, torch.empty_like(x), None, 1, 1, False))
     targets = torch.arange(SIZE, device=device)
+    table = y.cpu().pin_memory() if device.type == "cuda" else y
+    yield Trial("rows of a table on the host", _backends("gather_host_rows"), lambda: (targets.flip(0), table))
     losses = _backends("cross_entropy")
     yield Trial("cross-entropy", losses, lambda: (x.clone(), targets, 1.0, 0.0, True))
 

@@ -93,7 +93,7 @@ def _calls(model: nn.Module, layers: list[nn.Module]) -> list[tuple[nn.Module, t
     calls: list[tuple[nn.Module, torch.Tensor]] = []
     hooks = [layer.register_forward_pre_hook(lambda layer, args: calls.append((layer, args[0]))) for layer in layers]
     modes = {module: module.training for module in model.modules()}
-    device = model.get_input_embeddings().weight.device  # type: ignore[operator,union-attr]
+    device = next(model.parameters()).device  # embeddings may stay on the host
     try:
         with torch.no_grad(), torch.random.fork_rng([device] if device.type == "cuda" else []):
             model.eval()(input_ids=torch.zeros(1, 2, dtype=torch.long, device=device), use_cache=False)

@@ -5,6 +5,7 @@ Importing this package loads no Triton and touches no device; a backend loads it
 
 from lowprec.ops.decode_nf4 import decode_nf4
 from lowprec.ops.fold_scales import fold_scales
+from lowprec.ops.gather_host_rows import gather_host_rows
 from lowprec.ops.quantize_columns import quantize_columns, requantize_columns
 from lowprec.ops.quantize_gated import quantize_gated, quantize_gated_gradients
 from lowprec.ops.quantize_rows import quantize_rows
@@ -16,6 +17,7 @@ from lowprec.ops.transpose_codes import transpose_codes
 __all__ = [
     "decode_nf4",
     "fold_scales",
+    "gather_host_rows",
     "quantize_columns",
     "quantize_gated",
     "quantize_gated_gradients",

@@ -142,10 +142,11 @@ def bytes_of(tensor: Tensor) -> memoryview:
 class HostMemory:
     """Page-aligned host memory, pinned where CUDA will copy from it; taken piece by piece.
 
-    Exactly as large as asked: torch's pinned allocator rounds up to a power of two.
+    Exactly as large as asked: torch's pinned allocator rounds up to a power of two. ``remedy``: what a user whose
+    system refuses to pin as much should do.
     """
 
-    def __init__(self, nbytes: int, pin: bool):
+    def __init__(self, nbytes: int, pin: bool, remedy: str = "lower state_store.pinned_gib"):
         self.tensor = torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)
         self._used = 0
         self.close: Callable[[], object] = lambda: None
@@ -153,8 +154,8 @@ class HostMemory:
             code = int(torch.cuda.cudart().cudaHostRegister(self.tensor.data_ptr(), self.tensor.numel(), 0))
             if code:
                 raise UserError(
-                    f"The system refuses to pin {nbytes / GIB:.2f} GiB of host memory (CUDA error {code}): lower "
-                    "state_store.pinned_gib, or raise the limit (ulimit -l)."
+                    f"The system refuses to pin {nbytes / GIB:.2f} GiB of host memory (CUDA error {code}): "
+                    f"{remedy}, or raise the limit (ulimit -l)."
                 )
             # Also where nobody calls close: memory that is freed while pinned could never be pinned again.
             self.close = weakref.finalize(self, _unpin, self.tensor.data_ptr())

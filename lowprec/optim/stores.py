@@ -18,6 +18,9 @@ from lowprec.optim.store import StateStore
 
 STATE_STORES = ("gpu", "cpu", "ssd")
 CHUNK_BYTES = 8 << 20
+SMALLEST_CHUNK, CHUNKS = 1 << 20, 64
+"""Of states in host memory that are small: the GPU holds four chunks (staged_store.py), which need not be a third of
+all."""
 THREADS = 8
 TUNED_FILE = "lowprec-tuned.json"
 
@@ -39,8 +42,8 @@ def open_store(
     """The store of the parameters numbered in ``formats``, which are updated on ``devices``.
 
     Args:
-        chunk_bytes: bytes of a transfer of the cpu and ssd stores. By default what ``lowprec bench ssd`` found best for
-            ``path``, or else 8 MiB.
+        chunk_bytes: bytes of a transfer of the cpu and ssd stores. By default ``memory_chunk_bytes`` (cpu), or what
+            ``lowprec bench ssd`` found best for ``path``, or else 8 MiB.
         threads: reads at a time, and as many writes (ssd). By default as ``chunk_bytes``, or else 8.
         pinned_gib: the most host memory for the buffers of the ssd store, GiB.
         reserve_checkpoints: checkpoints on the disk of ``path`` whose space the ssd store reserves at the start.
@@ -71,7 +74,8 @@ def open_store(
     device = next(iter(devices.values()), torch.device("cpu"))
     paths = [] if path is None else [Path(p) for p in ([path] if isinstance(path, str | Path) else path)]
     tuned = read_tuned(paths[0]) if paths else {}
-    chunk_bytes = chunk_bytes or tuned.get("chunk_bytes", CHUNK_BYTES)
+    default = memory_chunk_bytes(numels, formats) if state_store == "cpu" else CHUNK_BYTES
+    chunk_bytes = chunk_bytes or tuned.get("chunk_bytes", default)
     chunks = make_layout(numels, formats, chunk_bytes)
     host: StateStore
     if state_store == "cpu":
@@ -91,6 +95,12 @@ def open_store(
             disk=disk,
         )
     return StagedStore(host, device) if device.type == "cuda" else host
+
+
+def memory_chunk_bytes(numels: dict[int, int], formats: dict[int, StateFormat]) -> int:
+    """Bytes of a chunk of the cpu store: a 64th of all states, at least 1 and at most 8 MiB."""
+    nbytes = sum(formats[i].nbytes(numel) for i, numel in numels.items())
+    return min(max(nbytes // CHUNKS, SMALLEST_CHUNK), CHUNK_BYTES)
 
 
 def read_tuned(path: Path) -> dict[str, int]:

@@ -6,6 +6,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from lowprec.layers.host_embedding import host_tables
 from lowprec.plan.tape import STILL, Tape
 from lowprec.plan.tracker import BACKWARD, FORWARD, LOSS, Tracker
 
@@ -129,8 +130,10 @@ def is_adapter(name: str) -> bool:
 
 
 def all_tensors(model: nn.Module) -> list[tuple[str, Tensor]]:
-    """Every tensor that stays: parameters, buffers, and the statistics of packed weights, by name."""
+    """Every tensor that stays on the device: parameters, buffers, and the statistics of packed weights, by name."""
+    away = {id(table) for table in host_tables(model)}
     found: list[tuple[str, Tensor]] = [*model.named_parameters(), *model.named_buffers()]
+    found = [(name, tensor) for name, tensor in found if id(tensor) not in away]
     for name, parameter in model.named_parameters():
         state = getattr(parameter, "quant_state", None)
         for part in (state, getattr(state, "state2", None)):

@@ -6,6 +6,7 @@ from typing import Any
 
 from lowprec.attention import attend_without_masks
 from lowprec.config import Recipe
+from lowprec.layers.host_embedding import put_on_host
 from lowprec.layers.report import WrapReport
 from lowprec.machine import Machine
 from lowprec.plan.activations import keep_activations_like
@@ -77,6 +78,8 @@ def build_model(recipe: Recipe, config: Any, machine: Machine) -> tuple[Any, Wra
     model = recipe.adapter.attach(model)
     model.config.use_cache = False
     keep_activations_like(recipe.train.gradient_checkpointing, model, machine)
+    if recipe.train.offload_embeddings:
+        put_on_host(model, pin=False)
     model.train()
     recipe.adapter.fuse(model)
     return model, report, (outside, inside)

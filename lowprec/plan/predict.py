@@ -233,6 +233,7 @@ class Planner:
                 micro_batches=accumulated,
                 update_bytes=3 * weights + 2 * sum(nbytes for _, nbytes in states.device),
                 in_backward=updates_in_backward(recipe),
+                fetched_bytes=rows * length * traced.fetched_bytes,
                 offloaded_bytes=found.offloaded_bytes * self._depth / traced.num_layers,
                 in_graphs=in_graphs(recipe),
             )
@@ -246,7 +247,7 @@ class Planner:
             peak=peak,
             reserved=reserved,
             context=self._context,
-            ram=_ram(recipe, traced.loaded_parameters(self._depth), states),
+            ram=_ram(recipe, traced.loaded_parameters(self._depth), states, traced.host_bytes),
             disk=_disk(recipe, trained, states),
             states=states,
             time=time,
@@ -273,11 +274,12 @@ def _all_layers(traced: TracedRecipe, template: Template) -> list[Trained]:
     return found
 
 
-def _ram(recipe: Recipe, loaded_parameters: int, states: States) -> int:
+def _ram(recipe: Recipe, loaded_parameters: int, states: States, host_bytes: int) -> int:
     """This process as it is (it has loaded what training loads), and the larger of the model while it is read into
-    host memory in ``model.dtype``, and the states that stay there."""
+    host memory in ``model.dtype``, and the states that stay there; beside either, the weights that stay pinned, since
+    they are copied from the model that was read."""
     loaded = loaded_parameters * recipe.model.torch_dtype.itemsize
-    return psutil.Process().memory_info().rss + max(loaded, states.host)
+    return psutil.Process().memory_info().rss + max(loaded, states.host) + host_bytes
 
 
 def _disk(recipe: Recipe, trained: list[Trained], states: States) -> int:

@@ -86,7 +86,7 @@ def advice(planner: Planner, name: str, overrides: list[str], recipe: Recipe, li
     """Every single change that saves device memory, the largest gain first."""
     now = planner.predict(recipe).total
     found = []
-    for key, value, also in _changes(recipe):
+    for key, value, also in _changes(planner, recipe):
         added = [f"{key}={value}", *([also] if also else [])]
         try:
             need = planner.predict(_changed(name, overrides, recipe, added)).total
@@ -97,7 +97,7 @@ def advice(planner: Planner, name: str, overrides: list[str], recipe: Recipe, li
     return sorted(found, key=lambda change: change.saves_gib, reverse=True)
 
 
-def _changes(recipe: Recipe) -> list[tuple[str, Any, str]]:
+def _changes(planner: Planner, recipe: Recipe) -> list[tuple[str, Any, str]]:
     """(key, value, what goes with it) that might save memory."""
     train = recipe.train
     found: list[tuple[str, Any, str]] = []
@@ -125,7 +125,10 @@ def _changes(recipe: Recipe) -> list[tuple[str, Any, str]]:
                 found.append(("train.max_grad_norm", "null", "train.gradient_accumulation_steps=1"))
         else:
             found.append(("optimizer", "adamw", "optimizer.state_dtype=int8"))
-    elif weights != "nf4":
+        return found
+    if not train.offload_embeddings and not planner.config.get_text_config().tie_word_embeddings:
+        found.append(("train.offload_embeddings", "true", ""))
+    if weights != "nf4":
         found.append(("weights", "nf4", ""))
         if weights == "bf16":
             found.append(("weights", "int8_hadamard", ""))

@@ -13,7 +13,7 @@ from lowprec.optim.options import AdamWOptions, BitsAndBytesOptions, SsdStore
 from lowprec.optim.ssd_files import make_slots
 from lowprec.optim.ssd_store import MIN_BUFFERS
 from lowprec.optim.staged_store import DEPTH
-from lowprec.optim.stores import CHUNK_BYTES, read_tuned
+from lowprec.optim.stores import CHUNK_BYTES, memory_chunk_bytes, read_tuned
 
 # bitsandbytes: smaller tensors keep fp32 states (min_8bit_size), and are not paged (optimizer.py, get_state_buffer).
 BNB_MIN_8BIT = 4096
@@ -67,7 +67,7 @@ def states_of(recipe: Any, trained: list[Trained]) -> States:
     if store == "gpu":
         chunks = make_layout(numels, formats, None)
         return States([(trained[chunk.pieces[0].parameter].name, chunk.nbytes) for chunk in chunks])
-    chunk_bytes = CHUNK_BYTES
+    chunk_bytes = memory_chunk_bytes(numels, formats)
     if isinstance(recipe.state_store, SsdStore):
         path = recipe.state_store.path
         chunk_bytes = read_tuned(Path(path if isinstance(path, str) else path[0])).get("chunk_bytes", CHUNK_BYTES)

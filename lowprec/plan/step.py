@@ -12,6 +12,7 @@ from torch import Tensor, nn
 from lowprec.activations.offload import Offload
 from lowprec.config import Recipe
 from lowprec.layers.decode_buffer import release_decode_buffers
+from lowprec.layers.host_embedding import host_tables
 from lowprec.machine import Machine
 from lowprec.optim.options import AdamWOptions
 from lowprec.plan.cuda_like import LikeCuda
@@ -46,6 +47,11 @@ class TracedRecipe:
         know_lowprec()
         if recipe.choice("weights") == "nf4":
             know_bitsandbytes()
+        tables = host_tables(self.model)
+        self.host_bytes = sum(table.nbytes for table in tables)
+        """Weights that stay in pinned host memory."""
+        self.fetched_bytes = sum(table.shape[1] * table.itemsize for table in tables)
+        """Of them, what a token's look-up brings to the device."""
         named = [(name, p) for name, p in self.model.named_parameters() if p.requires_grad]
         self.trained = [Trained(name, p.numel(), p.dtype) for name, p in named]
         self._parameters = [parameter for _, parameter in named]

@@ -26,7 +26,7 @@ class StepTime:
     update_ms: float
     """The optimizer's pass over weights, gradients and states."""
     link_ms: float
-    """States over PCIe, and activations that are offloaded."""
+    """States over PCIe, activations that are offloaded, and rows of embeddings on the host."""
     disk_ms: float
     total_ms: float
 
@@ -49,6 +49,7 @@ def step_time(
     micro_batches: int,
     update_bytes: float,
     in_backward: bool,
+    fetched_bytes: float = 0.0,
     offloaded_bytes: float = 0.0,
     in_graphs: bool = False,
 ) -> StepTime:
@@ -58,6 +59,7 @@ def step_time(
         tape: of one micro-batch and the update.
         update_bytes: that the optimizer reads and writes on the device.
         in_backward: whether transfers of states overlap with backward.
+        fetched_bytes: that a micro-batch waits for from host memory.
         offloaded_bytes: activations sent to the host by a micro-batch.
         in_graphs: whether the host launches layers as CUDA graphs.
     """
@@ -74,7 +76,8 @@ def step_time(
         calls += times * (run.calls if run.layer is None or not in_graphs else min(run.calls, CALLS_PER_GRAPH))
     host = calls * machine.host_us / 1e3  # a step is no faster than its host
     update = machine.traffic_ms(update_bytes)
-    device = products + traffic
+    fetched = micro_batches * fetched_bytes / machine.h2d_gb_per_s / 1e6
+    device = products + traffic + fetched
     link = states.step_to_device / machine.h2d_gb_per_s / 1e6 + states.step_to_device / machine.d2h_gb_per_s / 1e6
     sent = micro_batches * offloaded_bytes / machine.d2h_gb_per_s / 1e6
     disk = (states.step_read + states.step_written) / machine.disk_mixed_gb_per_s / 1e6
@@ -82,4 +85,4 @@ def step_time(
     # Uploads, updates and downloads of chunks overlap with each other, and in backward with that.
     away = max(link, disk, update)
     total = max(busy, away) if in_backward and states.step_to_device else busy + away
-    return StepTime(products, traffic, host, update, link + 2 * sent, disk, total)
+    return StepTime(products, traffic, host, update, link + 2 * sent + fetched, disk, total)

@@ -25,7 +25,7 @@ def start_accelerator(recipe: Recipe) -> tuple[Accelerator, str | None]:
     ``model.dtype=auto`` is settled here, so that the recipe stored with the run says what it ran in.
 
     Raises:
-        UserError: it was launched in a way that lowprec does not run, or a tracker is not installed.
+        UserError: it was launched in a way that lowprec or this recipe does not run, or a tracker is not installed.
     """
     use_expandable_segments()  # for those who do not come by the command line
     # Accelerate finds CPU processes (gloo) only where it is told that there is no GPU to use.
@@ -44,6 +44,11 @@ def start_accelerator(recipe: Recipe) -> tuple[Accelerator, str | None]:
         raise UserError(
             f"accelerate launch asks for {accelerator.distributed_type.value}, which lowprec does not run. "
             "Use plain data parallelism (--multi_gpu) or a single process."
+        )
+    if recipe.train.offload_embeddings and accelerator.num_processes > 1:
+        raise UserError(
+            f"train.offload_embeddings=true is for one process, and there are {accelerator.num_processes}: set it to "
+            "false, or launch one process."
         )
     return accelerator, note
 

@@ -17,6 +17,7 @@ from lowprec.config import Recipe
 from lowprec.data import StepBatch, StepLoader, fit_to_model, prepare_data
 from lowprec.display import Display, make_console
 from lowprec.errors import UserError
+from lowprec.layers.host_embedding import keep_on_host
 from lowprec.model import COMPUTE_DTYPE, load_model, load_tokenizer
 from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
@@ -182,6 +183,7 @@ class Run:
             self.model, choice.policy, choice.why, graphs=choice.graphs, no_graphs=choice.no_graphs
         )
         self.console.print(self.activations.told(), markup=False, highlight=False)
+        offloaded = [keep_on_host(self.model, device)] if options.offload_embeddings else []
         self.model.to(device).train()
         fused = recipe.adapter.fuse(self.model)
         if fused is not None:
@@ -212,7 +214,7 @@ class Run:
         prepared_optimizer = self.accelerator.prepare_optimizer(self.optimizer)
         self.step = TrainStep(self.wrapped, prepared_optimizer, self.schedule, self.accelerator, options.max_grad_norm)
         self.probes = Probes([self.step.phases] if recipe.profile.in_training else [])
-        notes = data_notes + recipe.optimizer.warnings(self.model, recipe.state_store)
+        notes = offloaded + data_notes + recipe.optimizer.warnings(self.model, recipe.state_store)
         notes += getattr(self.optimizer, "notes", [])
         for note in notes:
             self.console.print(f"[yellow]Note:[/] {note}", highlight=False)

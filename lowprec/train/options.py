@@ -31,6 +31,9 @@ class Train:
     (about a third more computing for several times less memory), ``selective`` keeps what is dear to compute and cheap
     to hold, ``offload`` is ``full`` with the inputs in host memory, ``auto`` takes the fastest that fits. ``true`` is
     ``full``, ``false`` is ``none``."""
+    offload_embeddings: bool = False
+    """Frozen token embeddings stay in pinned host memory; the GPU reads the rows it needs over PCIe. One process, and
+    embeddings that share no weight with the head; where they cannot, the run says why and moves nothing."""
     use_liger_kernel: bool = True
     """Liger's kernels for norms, gated MLPs and rotary embeddings of this run's model, where the device runs them."""
     cuda_graphs: bool | str = AUTO

@@ -44,6 +44,8 @@ def remedies(recipe: Recipe, states_dominate: bool = False) -> list[str]:
     """Keys and values that lower the memory, the cheapest first."""
     train = recipe.train
     found = ["train.cuda_graphs=false"] if in_graphs(recipe) else []
+    if recipe.choice("adapter") != "none" and not train.offload_embeddings:
+        found.append("train.offload_embeddings=true (unless they are tied to the head)")
     lighter = {"none": "full", "selective": "full", "full": "offload", "auto": "full"}.get(train.gradient_checkpointing)
     if lighter is not None:
         found.append(f"train.gradient_checkpointing={lighter}")

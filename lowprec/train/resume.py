@@ -11,7 +11,8 @@ from lowprec.run_folder import read_report
 
 _HARMLESS = ("name", "defaults", "train.output_dir", "train.resume_from_checkpoint", "train.save_steps",
              "train.save_total_limit", "train.eval_steps", "train.eval_max_samples", "train.num_sample_answers",
-             "train.sample_max_new_tokens", "train.gradient_checkpointing", "train.report_to",
+             "train.sample_max_new_tokens", "train.gradient_checkpointing", "train.offload_embeddings",
+             "train.report_to",
              "train.per_device_eval_batch_size", "train.grid_g_co2e_per_kwh")  # fmt: skip
 _BINDING = (
     "model.model_name_or_path",

@@ -107,6 +107,9 @@ def test_works_of_the_table(tmp_path):
         assert ours.recipe_of(work, tmp_path, torch.device("cpu")).name == work.recipe  # composes
     lengths = {o for w in run.select(["longest_8b"]) for o in w.overrides if o.startswith("weights.tokens")}
     assert lengths == {"weights.tokens=4096"}  # what is measured for one length serves all
+    caps = {w.cap_gib: ours.recipe_of(w, tmp_path, torch.device("cpu")).train for w in run.select(["qlora_8b_capped"])}
+    assert list(caps) == sorted(caps, reverse=True) and min(caps) == 5.0  # the first that fails ends the family
+    assert [cap for cap, train in caps.items() if not train.offload_embeddings] == [8.0, 7.0]
     assert [w.name for w in run.select(["qlora_8b"])] == ["qlora_8b"]  # and not qlora_8b_1x2048
 
 

@@ -222,6 +222,7 @@ def test_every_kernel_is_tried():
         "cross_entropy": "cross-entropy",
         "gated_rows": "SwiGLU, cast to fp8",
         "rms_norm": "RMSNorm's gradients",
+        "host_rows": "rows of a table on the host",
     }
     folder = Path(lowprec_kernels.__file__).parent
     written = {file.parent.name for file in folder.glob("*/triton_kernel.py")}

@@ -5,7 +5,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
-from lowprec_kernels.rms_norm import cases, num_programs, reference
+from lowprec_kernels.rms_norm import PARTIAL_SUMS, cases, num_programs, reference
 
 DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
 EPS = 1e-6
@@ -71,7 +71,7 @@ def test_a_nan_stays_one_and_in_its_row(kernel):
 @given(st.integers(1, 10**6), st.integers(1, 16384), st.sampled_from([1, 4, 24, 132]))
 def test_partial_sums_are_bounded(rows, dim, cores):
     programs = num_programs(rows, dim, cores)
-    assert 1 <= programs <= rows and programs * dim <= max(cores * 16384, dim)
+    assert 1 <= programs <= rows and programs * dim <= cores * max(PARTIAL_SUMS, dim)
 
 
 @pytest.mark.gpu

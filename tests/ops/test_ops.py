@@ -20,6 +20,7 @@ MODULES = {
     name: sys.modules[f"lowprec.ops.{name}"]
     for name in (
         "fold_scales",
+        "gather_host_rows",
         "quantize_columns",
         "quantize_gated",
         "quantize_rows",
@@ -67,6 +68,7 @@ def calls(device: str = "cpu"):
     yield ops.scaled_grouped_matmul, grouped(group_cases.SMALL[2], device, True)
     yield ops.fold_scales, (torch.rand(40, device=device),)
     yield ops.fold_scales, (torch.rand(40, device=device), torch.rand(40, device=device), 64)
+    yield ops.gather_host_rows, (torch.arange(6, device=device).view(2, 3), x)
     yield ops.rotate, (x, 16)
     yield ops.rotate, (x, 8, 0)
 

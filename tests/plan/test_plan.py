@@ -277,6 +277,51 @@ def test_states_are_as_large_as_the_optimizer_makes_them(options, dtype):
     assert sorted(nbytes for _, nbytes in states_of(recipe, trained).device) == real
 
 
+@pytest.mark.parametrize("name", ["lora", "qlora_nf4"])
+def test_embeddings_on_the_host_count_there(folder, name, monkeypatch):
+    monkeypatch.setattr(predict.psutil, "Process", lambda: SimpleNamespace(memory_info=lambda: SimpleNamespace(rss=0)))
+    config = tiny_model("llama", num_hidden_layers=7, vocab_size=4096).config
+    keys = [f"model.model_name_or_path={folder}", "data.path=x", "data.max_length=64"]
+    table = 4096 * 64 * 2
+
+    def of(config, *more):
+        return Planner(config, named_card("RTX 4060")).predict(resolve(name, [*keys, *more])[0])
+
+    before, after = of(config), of(config, "train.offload_embeddings=true")
+    assert before.peak.parts["weights"] - after.peak.parts["weights"] == table
+    assert before.peak.allocated - after.peak.allocated == table == after.ram - before.ram
+    others = [{kind: size for kind, size in p.peak.parts.items() if kind != "weights"} for p in (before, after)]
+    assert others[0] == others[1] and sum(after.parts.values()) == after.total
+    assert after.time.link_ms > before.time.link_ms
+    config.tie_word_embeddings = True
+    tied = of(config), of(config, "train.offload_embeddings=true")
+    assert tied[0].peak == tied[1].peak and tied[0].ram == tied[1].ram
+
+
+def test_embeddings_on_the_host_are_advised_where_that_saves_memory(folder):
+    small = ["data.path=x", "data.max_length=64", f"model.model_name_or_path={folder}"]
+    for tied in (False, True):
+        config = tiny_model("llama", num_hidden_layers=7, vocab_size=2**18, tie_word_embeddings=tied).config
+        answer = lowprec.plan("lora", small, gpu="RTX 4060", vram=0.2, config=config)
+        saved = {change.key: change.saves_gib for change in answer.advice}
+        assert ("train.offload_embeddings" in saved) is not tied
+        assert tied or saved["train.offload_embeddings"] == pytest.approx(2**18 * 64 * 2 / GIB, abs=0.02)
+
+
+def test_staging_buffers_are_as_large_as_the_store_makes_them():
+    """Few states are cut into smaller chunks, since the GPU holds four."""
+    overrides = ["model.model_name_or_path=x/y", "data.path=x", "state_store=cpu"]
+    recipe, _ = resolve("lora", overrides)
+    for numel, chunk in ((1000, 8192), (2**20, 2**20), (2**24, 2**21), (2**28, 2**23)):
+        states = states_of(recipe, [Trained("w", numel, torch.float32)])
+        assert states.device == [("", chunk)] * 4
+    model = tiny_model("llama")
+    optimizer = AdamW(model.named_parameters(), state_store="cpu")
+    trained = [Trained(name, p.numel(), p.dtype) for name, p in model.named_parameters()]
+    assert states_of(recipe, trained).device[0][1] == max(chunk.nbytes for chunk in optimizer._store.chunks)
+    optimizer.close()
+
+
 def test_states_on_a_disk_are_as_large_as_its_files(tmp_path):
     overrides = ["model.model_name_or_path=x/y", "data.path=x", "state_store=ssd", f"state_store.path={tmp_path}"]
     recipe, _ = resolve("full", [*overrides, "state_store.reserve_checkpoints=0", "state_store.pinned_gib=0.05"])

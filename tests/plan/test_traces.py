@@ -32,10 +32,15 @@ def test_a_plan_that_does_not_fit_traces_every_size_once(asked, monkeypatch):
     monkeypatch.setattr(predict, "TracedRecipe", Counted)
     name, keys = asked
     answer = lowprec.plan(name, keys, gpu="RTX 4060", vram=16)
-    assert answer.fits is False and answer.largest is None and len(answer.advice) == 5
-    others = [("nf4", "lora", "full"), ("int8_hadamard", "lora", "full"), ("bf16", "none", "full")]
+    assert answer.fits is False and answer.largest is None and len(answer.advice) == 6
+    others = [
+        ("bf16", "lora", "full"),
+        ("nf4", "lora", "full"),
+        ("int8_hadamard", "lora", "full"),
+        ("bf16", "none", "full"),
+    ]
     assert built == [("bf16", "lora", "full"), ("bf16", "lora", "offload"), *others]
     # The recipe, what is there before its first token, one row, one short row; offload, half the length (half the
-    # batch is known), nf4, int8; and two shipped recipes at rest.
-    sizes = [(2, 2048), (0, 0), (1, 2048), (1, 64), (2, 2048), (2, 1024), (2, 2048), (2, 2048), (0, 0), (0, 0)]
+    # batch is known), embeddings on the host, nf4, int8; and two shipped recipes at rest.
+    sizes = [(2, 2048), (0, 0), (1, 2048), (1, 64), (2, 2048), (2, 1024), *[(2, 2048)] * 3, (0, 0), (0, 0)]
     assert traced == sizes

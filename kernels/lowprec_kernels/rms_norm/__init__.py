@@ -1,7 +1,7 @@
 """``rms_norm_backward(grad, x, weight, rstd, offset, weight_grad)``: the gradients of an RMSNorm; see the reference."""
 
 LONGEST_ROW = 16384
-PARTIAL_SUMS = 16384
+PARTIAL_SUMS = 8192
 """Numbers of the weight's gradient that a multiprocessor leaves to be added up, at most."""
 
 

@@ -16,6 +16,7 @@ from lowprec_kernels.rms_norm import num_programs, row_block
 ELEMENTS = 2048
 """Of a tile, which holds several rows where they are short."""
 ELEMENTS_PER_THREAD = 16
+SUM_ROWS, SUM_COLUMNS = 256, 16
 
 
 @triton.jit
@@ -77,5 +78,7 @@ def rms_norm_backward(
     if sums is None:
         return dx, weight.new_empty(0)
     dw = torch.empty_like(weight)
-    _add_sums[(triton.cdiv(dim, 32),)](sums, dw, programs, dim, ROWS=64, COLUMNS=32)
+    _add_sums[(triton.cdiv(dim, SUM_COLUMNS),)](
+        sums, dw, programs, dim, ROWS=SUM_ROWS, COLUMNS=SUM_COLUMNS, num_warps=8
+    )
     return dx, dw

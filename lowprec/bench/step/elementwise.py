@@ -21,15 +21,15 @@ Ways = dict[str, Callable[[], torch.Tensor]]
 
 def rmsnorm(tokens: int, width: int, device: torch.device) -> Iterator[Call]:
     function = liger_functions().LigerRMSNormFunction
-    x, weight = _leaf(tokens, width, device=device), _leaf(width, device=device)
+    x, trained = _leaf(tokens, width, device=device), _leaf(width, device=device)
     variant = norm.Variant(0.0, "llama", 1e-6)
-    ways: Ways = {
-        "PyTorch": lambda: norm.plain_norm(x, weight, variant),
-        "Liger": lambda: function.apply(x, weight, 1e-6, 0.0, "llama", False, None),
-        "lowprec": lambda: norm.RMSNorm.apply(x, weight, variant),
-    }
-    yield from _steps(f"{tokens} x {width}, weight trained", ways, [x, weight])
-    yield from _steps(f"{tokens} x {width}", ways, [x])
+    for weight, leaves in ((trained, [x, trained]), (trained.detach(), [x])):
+        ways: Ways = {
+            "PyTorch": partial(norm.plain_norm, x, weight, variant),
+            "Liger": partial(function.apply, x, weight, 1e-6, 0.0, "llama", False, None),
+            "lowprec": partial(norm.RMSNorm.apply, x, weight, variant),
+        }
+        yield from _steps(f"{tokens} x {width}, weight {'trained' if leaves[1:] else 'frozen'}", ways, leaves)
 
 
 def swiglu(tokens: int, inner: int, device: torch.device) -> Iterator[Call]:

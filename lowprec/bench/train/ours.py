@@ -14,6 +14,7 @@ from lowprec.bench.train.works import Work
 from lowprec.config import Recipe, resolve
 from lowprec.data import StepBatch
 from lowprec.data.collate import trained_positions
+from lowprec.layers.host_embedding import keep_on_host
 from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
 from lowprec.plan.settle import settle_on
@@ -61,6 +62,7 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     )
     model = recipe.adapter.attach(model)
     activations = keep_activations(model, choice.policy, choice.why, graphs=choice.graphs, no_graphs=choice.no_graphs)
+    offloaded = keep_on_host(model, device) if recipe.train.offload_embeddings else None
     model.to(device).train()
     fused = recipe.adapter.fuse(model)
     optimizer = recipe.optimizer.build(model, recipe.state_store)
@@ -86,6 +88,7 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
         "layers": layers.counts(),
         "kernels": kernels,
         "activations": activations.to_dict(),
+        "embeddings": offloaded,
     }
     reasons = sorted({f"{'x'.join(map(str, row.shape))}: {row.reason}" for row in layers.rows if row.reason})
     return timing.to_dict() | facts | {"reasons": reasons, "lora": fused.summary() if fused else None}
