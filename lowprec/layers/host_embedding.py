@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.ops import gather_host_rows
-from lowprec.optim.disk import GIB, HostMemory
+from lowprec.optim.disk import GIB, HostMemory, whole_pages
 
 REMEDY = "set train.offload_embeddings=false"
 
@@ -50,7 +50,7 @@ class HostEmbedding(nn.Embedding):
     def _placed(self, weight: Tensor) -> Tensor:
         if not self._pin:
             return weight
-        memory = HostMemory(weight.nbytes, pin=True, remedy=REMEDY)
+        memory = HostMemory(whole_pages(weight.nbytes), pin=True, remedy=REMEDY)
         placed = memory.take(weight.nbytes).view(weight.dtype).view(weight.shape).copy_(weight)
         self._memory = memory  # it is unpinned when this goes
         return placed
