@@ -8,6 +8,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import nn
+from torch.autograd.function import once_differentiable
 from torch.func import functional_call
 
 from lowprec.fused.liger import runs_on
@@ -76,6 +77,7 @@ class RMSNorm(torch.autograd.Function):
         return y
 
     @staticmethod
+    @once_differentiable
     def backward(ctx: Any, grad: torch.Tensor) -> tuple:  # type: ignore[override]
         rows, weight, rstd = ctx.saved_tensors
         flat, weight = grad.reshape(rows.shape).contiguous(), weight.contiguous()

@@ -47,6 +47,11 @@ class HostEmbedding(nn.Embedding):
             self.weight = self._placed(self.weight.to(dtype))
         return self
 
+    def unpin(self) -> None:
+        """Give pinned memory back now, not when Python finds the model unused; devices cannot read the table then."""
+        if self._pin:
+            self._memory.close()
+
     def _placed(self, weight: Tensor) -> Tensor:
         if not self._pin:
             return weight
@@ -81,7 +86,7 @@ def keep_on_host(model: Any, device: torch.device) -> str:
 def put_on_host(model: Any, pin: bool) -> str | None:
     """Exchange the token embeddings for a ``HostEmbedding``; returns why not, in words that go on after their name."""
     table = model.get_input_embeddings()
-    reason = _why_not(model, table)
+    reason = why_not_on_host(model)
     if reason is None:
         model.set_input_embeddings(HostEmbedding(table, pin))
     return reason
@@ -92,7 +97,16 @@ def host_tables(model: nn.Module) -> list[Tensor]:
     return [module.weight for module in model.modules() if isinstance(module, HostEmbedding)]
 
 
-def _why_not(model: Any, table: nn.Module) -> str | None:
+def unpin_tables(model: nn.Module) -> None:
+    """Give the pinned memory of all tables on the host back; the model then runs on the host alone."""
+    for module in model.modules():
+        if isinstance(module, HostEmbedding):
+            module.unpin()
+
+
+def why_not_on_host(model: Any) -> str | None:
+    """Why the token embeddings of ``model`` have to stay on its device, in words that go on after their name."""
+    table = model.get_input_embeddings()
     if type(table) is not nn.Embedding:
         return f"are a {type(table).__name__}, which does more than nn.Embedding"
     if table.weight.requires_grad:
@@ -101,7 +115,8 @@ def _why_not(model: Any, table: nn.Module) -> str | None:
     if changing:
         return f"have {' and '.join(changing)} set"
     others = [m for m in model.modules() if m is not table and any(p is table.weight for p in m.parameters(False))]
-    if model.get_output_embeddings() in others:
+    head = model.get_output_embeddings()
+    if head is not None and any(module in others for module in head.modules()):
         return "are tied to the output head, whose product reads all of them on the GPU"
     if others:
         return f"are shared with a {type(others[0]).__name__}"

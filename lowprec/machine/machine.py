@@ -41,7 +41,7 @@ class Machine:
     context_mib: float
     """Device memory that a process holds before its first tensor."""
     launch_us: float
-    """The least time of a kernel."""
+    """The least time of a kernel among others in a row."""
     product_us: float
     """The least time of a product, which has to fill and drain its pipeline."""
     host_us: float = 10.0

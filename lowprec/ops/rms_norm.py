@@ -11,7 +11,7 @@ def _no_triton(grad, x, weight, rstd, offset, weight_grad) -> str | None:
         return f"a row of {x.shape[-1]} is longer than {LONGEST_ROW}"
     if x.dtype == torch.float64:
         return "fp64 runs in the reference"
-    if not all(tensor.is_contiguous() for tensor in (grad, x, weight)):
+    if not all(tensor.is_contiguous() for tensor in (grad, x, weight, rstd)):
         return "the operands are not contiguous"
     return no_triton(x.device)
 

@@ -168,5 +168,7 @@ class HostMemory:
 
 
 def _unpin(pointer: int) -> None:
-    torch.cuda.synchronize()  # no copy may be under way
-    torch.cuda.cudart().cudaHostUnregister(pointer)
+    try:
+        torch.cuda.synchronize()  # no copy may be under way
+    finally:  # where a stream is being captured, waiting is refused
+        torch.cuda.cudart().cudaHostUnregister(pointer)

@@ -78,7 +78,7 @@ def build_model(recipe: Recipe, config: Any, machine: Machine) -> tuple[Any, Wra
     model = recipe.adapter.attach(model)
     model.config.use_cache = False
     keep_activations_like(recipe.train.gradient_checkpointing, model, machine)
-    if recipe.train.offload_embeddings:
+    if recipe.train.offload_embeddings and machine.capability is not None:  # a processor has nowhere to offload to
         put_on_host(model, pin=False)
     model.train()
     recipe.adapter.fuse(model)

@@ -17,7 +17,7 @@ from lowprec.config import Recipe
 from lowprec.data import StepBatch, StepLoader, fit_to_model, prepare_data
 from lowprec.display import Display, make_console
 from lowprec.errors import UserError
-from lowprec.layers.host_embedding import keep_on_host
+from lowprec.layers.host_embedding import keep_on_host, unpin_tables
 from lowprec.model import COMPUTE_DTYPE, load_model, load_tokenizer
 from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
@@ -134,6 +134,8 @@ class Run:
         finally:
             if isinstance(self.optimizer, AdamW):
                 self.optimizer.close()
+            if self.model is not None:
+                unpin_tables(self.model)
         status = Status.INTERRUPTED if stopped else Status.FINISHED
         report = self.recorder.report(status, self.progress)
         if stopped:

@@ -5,6 +5,7 @@ from torch import nn
 
 from lowprec.config import Recipe
 from lowprec.errors import UserError
+from lowprec.layers.host_embedding import why_not_on_host
 from lowprec.plan.graphs import in_graphs
 
 GIB = 2**30
@@ -30,22 +31,23 @@ def explain(recipe: Recipe, model: nn.Module | None, optimizer: torch.optim.Opti
     )
     peak = torch.cuda.max_memory_allocated()
     rest = max(peak - weights - gradients - states, 0)
+    can_offload = not torch.distributed.is_initialized() and model is not None and why_not_on_host(model) is None
     held = (
         f"weights {weights / GIB:.2f} GiB, gradients {gradients / GIB:.2f} GiB, optimizer states {states / GIB:.2f} "
         f"GiB, activations and workspace {rest / GIB:.2f} GiB at the peak"
     )
     return (
         f"Out of GPU memory: {total / GIB:.2f} GiB in all, {peak / GIB:.2f} GiB taken by this run at its peak "
-        f"({held}). What lowers it, the cheapest first: {'; '.join(remedies(recipe, states > rest))}."
+        f"({held}). What lowers it, the cheapest first: {'; '.join(remedies(recipe, states > rest, can_offload))}."
     )
 
 
-def remedies(recipe: Recipe, states_dominate: bool = False) -> list[str]:
-    """Keys and values that lower the memory, the cheapest first."""
+def remedies(recipe: Recipe, states_dominate: bool = False, can_offload: bool = False) -> list[str]:
+    """Keys and values that lower the memory, the cheapest first. ``can_offload``: the embeddings may go to the host."""
     train = recipe.train
     found = ["train.cuda_graphs=false"] if in_graphs(recipe) else []
-    if recipe.choice("adapter") != "none" and not train.offload_embeddings:
-        found.append("train.offload_embeddings=true (unless they are tied to the head)")
+    if can_offload:
+        found.append("train.offload_embeddings=true")
     lighter = {"none": "full", "selective": "full", "full": "offload", "auto": "full"}.get(train.gradient_checkpointing)
     if lighter is not None:
         found.append(f"train.gradient_checkpointing={lighter}")

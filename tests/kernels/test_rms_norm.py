@@ -1,6 +1,8 @@
 """RMSNorm's gradients: the reference against autograd, the kernel (interpreted where there is no GPU) against it, and
 on a GPU the whole norm against fp64 beside Liger's."""
 
+from inspect import getsource, signature
+
 import pytest
 import torch
 from hypothesis import given
@@ -74,19 +76,42 @@ def test_partial_sums_are_bounded(rows, dim, cores):
     assert 1 <= programs <= rows and programs * dim <= cores * max(PARTIAL_SUMS, dim)
 
 
+def test_liger_s_forward_takes_and_gives_what_the_norm_relies_on():
+    ops = pytest.importorskip("liger_kernel.ops.rms_norm")
+    assert list(signature(ops.rms_norm_forward).parameters) == ["X", "W", "eps", "offset", "casting_mode", "row_mode"]
+    assert getsource(ops.rms_norm_forward).rstrip().splitlines()[-1].split()[:5] == (
+        ["return", "Y.view(*shape),", "X,", "RSTD,", "BLOCK_SIZE,"]
+    )
+
+
+def test_gradients_of_gradients_are_refused(monkeypatch):
+    from lowprec.fused import norm
+
+    ops = pytest.importorskip("liger_kernel.ops.rms_norm")
+    monkeypatch.setattr(ops, "rms_norm_forward", lambda x, *rest: (x.clone(), x, x.square().mean(-1).rsqrt()))
+    x, weight = torch.randn(3, 8, requires_grad=True), torch.ones(8)
+    (first,) = torch.autograd.grad(
+        norm.RMSNorm.apply(x, weight, norm.Variant(0.0, "llama", EPS)).square().sum(), x, create_graph=True
+    )
+    with pytest.raises(RuntimeError, match="differentiate twice"):
+        first.sum().backward()
+
+
 @pytest.mark.gpu
+@pytest.mark.parametrize(("offset", "casting"), [(0.0, "llama"), (1.0, "gemma")])
 @pytest.mark.parametrize("case", cases.LARGE, ids=str)
-def test_the_norm_is_no_less_exact_than_liger_s(case):
+def test_the_norm_is_no_less_exact_than_liger_s(case, offset, casting):
     from liger_kernel.ops import LigerRMSNormFunction
 
     from lowprec.fused.norm import RMSNorm, Variant
 
     grad, x, weight, _ = operands(case.rows, case.dim)
     exact = [t.double().requires_grad_() for t in (x, weight)]
-    (exact[1] * exact[0] * torch.rsqrt(exact[0].square().mean(-1, keepdim=True) + EPS)).backward(grad.double())
+    normed = exact[0] * torch.rsqrt(exact[0].square().mean(-1, keepdim=True) + EPS)
+    ((exact[1] + offset) * normed).backward(grad.double())
     ways = {
-        "ours": lambda x, weight: RMSNorm.apply(x, weight, Variant(0.0, "llama", EPS)),
-        "liger": lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPS, 0.0, "llama", False, None),
+        "ours": lambda x, weight: RMSNorm.apply(x, weight, Variant(offset, casting, EPS)),
+        "liger": lambda x, weight: LigerRMSNormFunction.apply(x, weight, EPS, offset, casting, False, None),
     }
     noise = {}
     for name, way in ways.items():

@@ -8,10 +8,11 @@ import torch
 
 from lowprec.config import resolve
 from lowprec.errors import UserError
-from lowprec.layers.host_embedding import host_tables, put_on_host
+from lowprec.layers.host_embedding import host_tables, put_on_host, why_not_on_host
 from lowprec.run_folder import read_metrics, read_report
-from lowprec.testing import save_tiny
+from lowprec.testing import save_tiny, tiny_model
 from lowprec.train import launch, loop
+from lowprec.train.out_of_memory import remedies
 from tests.train.conftest import run
 
 KEY = "train.offload_embeddings=true"
@@ -98,3 +99,11 @@ def test_on_a_gpu_a_tied_table_stays_there_with_one_note(arguments, tmp_path):
     save_tiny(tmp_path / "tied", "llama", tie_word_embeddings=True)
     _, printed = run("lora", arguments(f'model.model_name_or_path="{tmp_path / "tied"}"', "model.dtype=bf16", KEY))
     assert printed.count("moved nothing: the token embeddings are tied to the output head") == 1
+
+
+def test_out_of_memory_offers_it_where_it_helps():
+    recipe = resolve("lora", ["model.model_name_or_path=m", "data.path=none"])[0]
+    assert KEY in remedies(recipe, can_offload=True) and KEY not in remedies(recipe)
+    assert why_not_on_host(tiny_model("llama", tie_word_embeddings=True).requires_grad_(False)).startswith("are tied")
+    untied = tiny_model("llama", tie_word_embeddings=False)
+    assert why_not_on_host(untied) == "are trained" and why_not_on_host(untied.requires_grad_(False)) is None

@@ -14,7 +14,7 @@ from lowprec.bench.train.works import Work
 from lowprec.config import Recipe, resolve
 from lowprec.data import StepBatch
 from lowprec.data.collate import trained_positions
-from lowprec.layers.host_embedding import keep_on_host
+from lowprec.layers.host_embedding import keep_on_host, unpin_tables
 from lowprec.optim import AdamW
 from lowprec.optim.options import build_schedule
 from lowprec.plan.settle import settle_on
@@ -81,6 +81,7 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     finally:
         if isinstance(optimizer, AdamW):
             optimizer.close()
+        unpin_tables(model)
     kernels = sorted({f"{row.scheme}: {row.kernel}" for row in layers.rows})
     parts = {kind: round(share * watched.total_ms, 3) for kind, share in watched.shares.items()}
     facts = {
