@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from lowprec.ops import gather_host_rows
+from lowprec.ops.backends import no_triton
 from lowprec.optim.disk import GIB, HostMemory, whole_pages
 
 REMEDY = "set train.offload_embeddings=false"
@@ -80,7 +81,9 @@ def keep_on_host(model: Any, device: torch.device) -> str:
     if reason is not None:
         return f"train.offload_embeddings=true moved nothing: the token embeddings {reason}."
     nbytes = sum(table.nbytes for table in host_tables(model))
-    return f"The token embeddings ({nbytes / GIB:.2f} GiB) stay in pinned host memory."
+    slow = no_triton(device)
+    how = "" if slow is None else f" Each look-up waits for the device: {slow}."
+    return f"The token embeddings ({nbytes / GIB:.2f} GiB) stay in pinned host memory.{how}"
 
 
 def put_on_host(model: Any, pin: bool) -> str | None:

@@ -1,6 +1,6 @@
-"""Stand-ins for Liger's kernels over tensors without data: they allocate and keep what ``liger_kernel.ops`` does, and
-compute nothing. Where they go is decided as ``lowprec.fused`` decides it; MLPs whose layers' casts are part of their
-product run as they are, since its operators know what they return."""
+"""Stand-ins for Liger's kernels, and for ours of the norm's gradients, over tensors without data: they allocate and
+keep what those do, and compute nothing. Where they go is decided as ``lowprec.fused`` decides it; MLPs whose layers'
+casts are part of their product run as they are, since its operators know what they return."""
 
 from types import FunctionType
 from typing import Any

@@ -42,7 +42,7 @@ def period_of(config: Any) -> int:
 
 
 def build_model(recipe: Recipe, config: Any, machine: Machine) -> tuple[Any, WrapReport, tuple[int, int]]:
-    """What ``lowprec.train.loop`` makes of a loaded model. Call it under ``no_data()``.
+    """What ``lowprec.train.built`` makes of a loaded model. Call it under ``no_data()``.
 
     Returns:
         The model, the report on its linear layers, and how many parameters it was loaded with outside its layers and in

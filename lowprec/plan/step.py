@@ -194,7 +194,7 @@ def _free_gradient(parameter: Tensor) -> None:
 
 
 def updates_in_backward(recipe: Recipe) -> bool:
-    """As ``lowprec.train.loop`` decides, for one process."""
+    """As ``lowprec.train.built`` decides, for one process."""
     options = recipe.train
     alone = options.gradient_accumulation_steps == 1
     return isinstance(recipe.optimizer, AdamWOptions) and options.max_grad_norm is None and alone

@@ -15,7 +15,6 @@ from rich.console import Console
 from lowprec.config import resolve
 from lowprec.data import StepBatch
 from lowprec.errors import UserError
-from lowprec.optim import AdamW
 from lowprec.profiling.probe import Probes
 from lowprec.run_folder import RunFolder
 from lowprec.train.clock import Mark
@@ -52,8 +51,7 @@ def probe_cost(
                 host_s += probes.host_s
             ratios.append(probed / plain)
             plain_s, probed_s = plain_s + plain, probed_s + probed
-        if isinstance(run.optimizer, AdamW):
-            run.optimizer.close()
+        run.close()
     quarters = statistics.quantiles(ratios, n=4)
     return {
         "cost_share": statistics.median(ratios) - 1,

@@ -12,7 +12,6 @@ from rich.console import Console
 from lowprec.config import Recipe
 from lowprec.errors import UserError
 from lowprec.machine.cards import CONTEXT_MIB
-from lowprec.optim import AdamW
 from lowprec.plan import plan
 from lowprec.profiling.alive import Alive, Timeline
 from lowprec.profiling.figures import GIB
@@ -62,8 +61,7 @@ def profile_recipe(recipe: Recipe, console: Console) -> dict[str, Any]:
         try:
             session, failure = _measure(run, console)
         finally:
-            if isinstance(run.optimizer, AdamW):
-                run.optimizer.close()
+            run.close()
             accelerator.end_training()
     if failure is not None:
         _advise(failure, recipe, accelerator.device)

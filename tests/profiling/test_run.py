@@ -72,7 +72,7 @@ def test_layers_in_graphs_make_room_before_memory_is_followed(lora, folder, monk
         def forget(self):
             forgotten.append(self.replays)
 
-    monkeypatch.setattr("lowprec.train.loop.settle_on", lambda *args, **keys: Choice("full", "of the test", True))
+    monkeypatch.setattr("lowprec.train.built.settle_on", lambda *args, **keys: Choice("full", "of the test", True))
     monkeypatch.setattr("lowprec.plan.settle.why_no_graphs", lambda *args: None)
     monkeypatch.setattr("lowprec.activations.graphs.Recorder", Recorder)
     figures, printed = lora("train.gradient_accumulation_steps=1", "data.pad_to_multiple_of=96")

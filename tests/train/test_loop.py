@@ -139,7 +139,7 @@ def test_a_run_whose_layers_are_replayed_says_so(arguments, tmp_path, monkeypatc
         asked.append((*row_lengths(), against_graphs))
         return Choice("none", "of the test", True)
 
-    monkeypatch.setattr("lowprec.train.loop.settle_on", settle_on)
+    monkeypatch.setattr("lowprec.train.built.settle_on", settle_on)
     monkeypatch.setattr("lowprec.plan.settle.why_no_graphs", lambda *args: None)
     monkeypatch.setattr("lowprec.activations.graphs.Recorder", Rehearsal)
     _, printed = run("full", arguments())

@@ -11,7 +11,7 @@ from lowprec.errors import UserError
 from lowprec.layers.host_embedding import host_tables, put_on_host, why_not_on_host
 from lowprec.run_folder import read_metrics, read_report
 from lowprec.testing import save_tiny, tiny_model
-from lowprec.train import launch, loop
+from lowprec.train import built, launch
 from lowprec.train.out_of_memory import remedies
 from tests.train.conftest import run
 
@@ -44,7 +44,7 @@ def test_a_run_with_the_table_on_the_host_is_the_same_run(recipe, arguments, tmp
         moved.append(put_on_host(model, pin=False))
         return f"{len(host_tables(model))} table stays on the host"
 
-    monkeypatch.setattr(loop, "keep_on_host", keep)
+    monkeypatch.setattr(built, "keep_on_host", keep)
     for name, more in (("plain", ()), ("host", (KEY,))):
         _, printed = run(recipe, arguments("train.eval_steps=3", "train.save_steps=3", *more, output=name))
     assert moved == [None] and "1 table stays on the host" in printed
