@@ -9,6 +9,8 @@ fill a vector, differently (5,000 random elements cut at 1,001: 4 of them off by
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
 
 import lowprec_kernels.adamw.reference as reference
 import torch
@@ -19,6 +21,8 @@ from lowprec.optim.steps import Hyper, Steps
 
 # Elements that the decoding path converts at once: bounds its fp32 copies to 64 MiB. A multiple of BLOCK.
 SLICE = 1 << 22
+FEWEST_TOGETHER = 4
+"""Slices that are worth a table: it takes the host as long as one or two launches."""
 
 
 @dataclass(frozen=True)
@@ -53,6 +57,20 @@ class Slice:
         param = weights.to(steps.device)
         return cls(piece, weights, param, states, steps, key, is_plain, is_whole, parameter.data_ptr())
 
+    @cached_property
+    def place(self) -> dict[str, Any]:
+        """What the kernel must know of the slice beside its tensors."""
+        i, steps = self.piece.parameter, self.steps
+        corrections = steps.firsts[i], steps.seconds[i]
+        return {"step": steps.counts[i], "corrections": corrections, "start": self.piece.start, "key": self.key}
+
+    @cached_property
+    def table_row(self) -> Tensor | None:
+        """The slice as a row of the kernel's table; None where it is to be launched by itself."""
+        from lowprec_kernels.adamw.triton_kernel import table_row
+
+        return table_row(self.param, self.states, **self.place)
+
     def gradient(self, grad: Tensor) -> Tensor:
         """The slice's part of its parameter's gradient, on the update's device, contiguous."""
         if self.is_whole and grad.is_contiguous() and grad.device == self.steps.device:
@@ -62,12 +80,15 @@ class Slice:
         return part.to(self.steps.device)
 
 
-def update(slices: Sequence[tuple[Slice, Tensor]], found_inf: Tensor | None) -> None:
+_Pair = tuple[Slice, Tensor]  # with its gradient
+
+
+def update(slices: Sequence[_Pair], found_inf: Tensor | None) -> None:
     """Update slices with their gradients in place; where ``found_inf`` (fp32, one element) is not zero, nothing.
 
     ``found_inf`` may be None. torch's fused AdamW takes it for set where it is one.
     """
-    together: dict[Steps, list[tuple[Slice, Tensor]]] = {}
+    together: dict[Steps, list[_Pair]] = {}
     for each in slices:
         together.setdefault(each[0].steps, []).append(each)
     for steps, group in together.items():
@@ -85,7 +106,7 @@ def update(slices: Sequence[tuple[Slice, Tensor]], found_inf: Tensor | None) -> 
                     _update_decoded(part, grad.view(-1)[start:stop], start, stop, flag)
 
 
-def _update_plain(slices: list[tuple[Slice, Tensor]], steps: Steps, found_inf: Tensor | None) -> None:
+def _update_plain(slices: list[_Pair], steps: Steps, found_inf: Tensor | None) -> None:
     _fused(
         steps.hyper,
         [part.param for part, _ in slices],
@@ -98,31 +119,41 @@ def _update_plain(slices: list[tuple[Slice, Tensor]], steps: Steps, found_inf: T
     )
 
 
-def _update_on_gpu(slices: list[tuple[Slice, Tensor]], steps: Steps, found_inf: Tensor | None) -> None:
+def _update_on_gpu(slices: list[_Pair], steps: Steps, found_inf: Tensor | None) -> None:
     # Imported where it runs: lowprec itself needs no Triton.
     from lowprec_kernels.adamw import triton_kernel
 
     steps.correct()
-    hyper = steps.hyper
-    for part, grad in slices:
-        i = part.piece.parameter
-        triton_kernel.run(
-            part.param,
-            grad,
-            part.states,
-            step=steps.counts[i],
-            corrections=(steps.firsts[i], steps.seconds[i]),
-            lr=hyper.lr,
-            beta1=hyper.beta1,
-            beta2=hyper.beta2,
-            eps=hyper.eps,
-            weight_decay=hyper.weight_decay,
-            maximize=hyper.maximize,
-            start=part.piece.start,
-            key=part.key,
-            found_inf=found_inf,
-        )
+    settings = {
+        name: getattr(steps.hyper, name) for name in ("lr", "beta1", "beta2", "eps", "weight_decay", "maximize")
+    }
+    settings["found_inf"] = found_inf
+    # A table lies in host memory for one step only, so a graph that is captured must not read one.
+    captured = torch.cuda.is_current_stream_capturing()
+    alone, tables = (slices, []) if captured or len(slices) < FEWEST_TOGETHER else _in_tables(slices)
+    for part, grad in alone:
+        triton_kernel.run(part.param, grad, part.states, **part.place, **settings)
+    for group in tables:
+        first = group[0][0]
+        rows = [row for part, _ in group if (row := part.table_row) is not None]
+        triton_kernel.run_table(rows, [grad for _, grad in group], first.param, first.states, **settings)
     torch.autograd.graph.increment_version([part.param for part, _ in slices])  # the kernel writes by raw pointers
+
+
+def _in_tables(slices: list[_Pair]) -> tuple[list[_Pair], list[list[_Pair]]]:
+    """Slices that are launched one by one, and groups of small ones of one format that are launched together."""
+    from lowprec_kernels.adamw.triton_kernel import ALIGNED
+
+    alone: list[_Pair] = []
+    groups: dict[tuple, list[_Pair]] = {}
+    for part, grad in slices:
+        if part.table_row is None or grad.data_ptr() % ALIGNED:
+            alone.append((part, grad))
+        else:
+            format = part.param.dtype, grad.dtype, part.states["exp_avg"].dtype, *part.states
+            groups.setdefault(format, []).append((part, grad))
+    tables = [group for group in groups.values() if len(group) >= FEWEST_TOGETHER]
+    return alone + [pair for group in groups.values() if len(group) < FEWEST_TOGETHER for pair in group], tables
 
 
 def _fused(

@@ -15,6 +15,10 @@ from lowprec.ops.scaled_matmul import BACKENDS
 from lowprec.testing import sqnr_db
 
 CPU = torch.device("cpu")
+TINY_SHAPE = {
+    "model_type": "llama", "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "num_key_value_heads": 1, "vocab_size": 64, "tie_word_embeddings": True,
+}  # fmt: skip
 TINY = {
     "head": ((256, 64, 1024, True),),
     "rmsnorm": ((256, 512),),
@@ -22,12 +26,13 @@ TINY = {
     "gated_casts": ((256, 1024, "SwiGLU"), (256, 1024, "GeGLU")),
     "rope": ((256, 8, 2, 64),),
     "adamw": ((2048,),),
+    "adamw_step": ((TINY_SHAPE,),),
     "gradient_norm": ((5000,),),
     "low_rank_product": ((64, 128, 64, "e4m3"), (64, 128, 64, "int8")),
     "attention": ((2, 4, 2, 64, 64),),
     "packed_attention": ((2, 4, 2, 64, 64, 16),),
 }
-ANYWHERE = ("adamw", "gradient_norm", "low_rank_product", "attention", "packed_attention")
+ANYWHERE = ("adamw", "adamw_step", "gradient_norm", "low_rank_product", "attention", "packed_attention")
 """Without a GPU, where Liger's kernels do not run and the others are interpreted."""
 
 
@@ -41,7 +46,7 @@ def calls_of(items):
 
 def test_names_are_chosen_by_their_parts():
     assert list(select([])) == list(PIECES) == list(TINY)
-    assert list(select(["attention", "adamw"])) == ["adamw", "attention", "packed_attention"]
+    assert list(select(["attention", "adamw"])) == ["adamw", "adamw_step", "attention", "packed_attention"]
     assert list(select(["norm"])) == ["rmsnorm", "gradient_norm"]
 
 
@@ -61,7 +66,7 @@ def test_the_table_without_a_gpu():
     result = table(tiny(ANYWHERE), CPU)
     by_piece = {name: [row for row in result.rows if row["piece"] == name] for name in ANYWHERE}
     assert all(row["ms"] > 0 and row["shape"] for row in result.rows)
-    for name in ("adamw", "gradient_norm"):
+    for name in ("adamw", "adamw_step", "gradient_norm"):
         assert all(row["TB/s"] > 0 and row["copy, TB/s"] > 0 for row in by_piece[name])
     for name in ("low_rank_product", "attention", "packed_attention"):
         assert all(row["TFLOP/s"] > 0 and "TB/s" not in row for row in by_piece[name])
@@ -70,6 +75,14 @@ def test_the_table_without_a_gpu():
     assert sum("heads of 64: no " in note for note in result.notes) == 2  # what a processor refuses
     assert sum(note == attention.NOTE for note in result.notes) == 1
     json.dumps(result.to_dict())
+
+
+def test_whole_steps_move_all_parameters():
+    found = calls_of(adamw.step_calls(TINY_SHAPE, CPU))
+    assert {call.shape for call in found} == {"0.0 M elements in 20 parameters"}
+    numel = 64 * 16 + 16 + 2 * (16 * (16 + 8 + 8 + 16) + 3 * 16 * 32 + 2 * 16)
+    assert found[0].nbytes == 26 * numel and found[-1].nbytes == 28 * numel
+    assert not any(call.replayed for call in found)
 
 
 def test_every_format_of_the_update_is_called_with_its_bytes():
@@ -150,6 +163,7 @@ def test_every_way_is_measured(name):
         "attention": {"lowprec", "SDPA, FLASH_ATTENTION"},
         "packed_attention": {"lowprec", "SDPA, sample by sample"},
         "adamw": {"int8 states, master none", "PyTorch, fp32 weights and states"},
+        "adamw_step": {"step, int8 states, master split", "step, PyTorch fused, bfloat16 weights and states"},
         "gradient_norm": {"norm and flag in one launch", "vector_norm, then the flag"},
     }
     assert expected.get(name, {"PyTorch", "Liger"}) <= ways

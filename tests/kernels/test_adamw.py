@@ -303,3 +303,54 @@ def test_kernel_with_a_split_master_is_torchs_adamw(num_steps, lr_is_tensor):
         )
     master = reference.join_master(weight, states["residual"])
     assert (master - exact).norm() / exact.norm() < 1e-6
+
+
+@pytest.mark.parametrize(
+    ("weight_dtype", "master", "moments", "amsgrad"),
+    [(*weight, moments, False) for weight in cases.WEIGHTS for moments in cases.MOMENTS]
+    + [(torch.bfloat16, "split", moments, True) for moments in cases.MOMENTS],
+)
+def test_slices_of_one_launch_get_the_bits_of_their_own(weight_dtype, master, moments, amsgrad):
+    """Of several sizes, one of more blocks than a program takes; with a flag that skips them; by a rate that is one."""
+    pytest.importorskip("triton")
+    from lowprec_kernels.adamw import triton_kernel
+
+    generator = torch.Generator().manual_seed(0)
+    numels = (16, 256, 608, 256 * triton_kernel.BLOCKS + 16)
+    slices = [cases.make_states(n, weight_dtype, master, moments, amsgrad, DEVICE, generator) for n in numels]
+    counts = torch.tensor([[7.0, 1 - 0.9**7, (1 - 0.999**7) ** 0.5]] * len(numels), device=DEVICE)
+    places = [
+        {"step": counts[i, 0], "corrections": (counts[i, 1], counts[i, 2]), "start": 512 * i, "key": 2**32 - 1 - i}
+        for i in range(len(numels))
+    ]
+    settings = HYPER | {"lr": torch.tensor(HYPER["lr"], device=DEVICE), "maximize": amsgrad}
+    apart = [(param.clone(), grad, {name: t.clone() for name, t in states.items()}) for param, grad, states in slices]
+    for (param, grad, states), place in zip(apart, places, strict=True):
+        triton_kernel.run(param, grad, states, found_inf=None, **place, **settings)
+
+    rows = [triton_kernel.table_row(p, states, **place) for (p, _, states), place in zip(slices, places, strict=True)]
+    arguments = rows, [grad for _, grad, _ in slices], slices[0][0], slices[0][2]
+    before = [param.clone() for param, _, _ in slices]
+    triton_kernel.run_table(*arguments, found_inf=torch.ones((), device=DEVICE), **settings)
+    assert all(torch.equal(param, old) for (param, _, _), old in zip(slices, before, strict=True))
+    triton_kernel.run_table(*arguments, found_inf=torch.zeros((), device=DEVICE), **settings)
+    for (param, _, states), (alone, _, its_states), numel in zip(slices, apart, numels, strict=True):
+        assert torch.equal(param, alone), numel
+        for name, tensor in states.items():
+            assert torch.equal(tensor, its_states[name]), (numel, name)
+
+
+def test_slices_that_no_table_takes():
+    pytest.importorskip("triton")
+    from lowprec_kernels.adamw import triton_kernel
+
+    place = {"step": torch.ones(()), "corrections": (torch.ones(()), torch.ones(())), "start": 0, "key": 1}
+
+    def row(numel, begin=0):
+        param = torch.zeros(numel + begin, dtype=torch.bfloat16)[begin:]
+        return triton_kernel.table_row(param, {"exp_avg": param, "exp_avg_sq": param}, **place)
+
+    assert row(256) is not None
+    assert row(257) is None, "its mask would be read element by element"
+    assert row(256, begin=1) is None, "its memory does not begin at a multiple of 16 bytes"
+    assert row(triton_kernel.LARGEST_IN_TABLE + 16) is None

@@ -111,6 +111,56 @@ def test_found_inf_skips_the_step_on_the_device(tmp_path, state_dtype):
         optimizer.close()
 
 
+@pytest.mark.parametrize(("state_dtype", "master"), FORMATS)
+def test_many_small_parameters_in_few_launches_have_the_bits_of_one_each(monkeypatch, state_dtype, master):
+    """Weights, biases whose sizes are no multiples of 16, and gradients that begin where a table cannot read them."""
+
+    def trained(fewest):
+        monkeypatch.setattr("lowprec.optim.update.FEWEST_TOGETHER", fewest)
+        generator = torch.Generator("cuda").manual_seed(0)
+        sizes = [(64, 48), (48,), (37,), (33, 64)] * 20
+        params = [
+            torch.nn.Parameter(torch.randn(s, generator=generator, device="cuda", dtype=torch.bfloat16)) for s in sizes
+        ]
+        optimizer = AdamW(params, lr=1e-2, state_dtype=state_dtype, master=master)
+        for step in range(3):
+            for i, param in enumerate(params):
+                shift = (i + step) % 3 == 0
+                gradient = torch.randn(param.numel() + shift, generator=generator, device="cuda", dtype=param.dtype)
+                param.grad = gradient[int(shift) :].view(param.shape)
+            with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profiler:
+                optimizer.step()
+        launches = sum(row.count for row in profiler.key_averages() if "_adamw" in row.key)
+        states = [value for fields in optimizer.state_dict()["state"].values() for value in fields.values()]
+        return [param.detach() for param in params], states, launches
+
+    weights, states, launches = trained(4)
+    expected, its_states, many = trained(10**9)
+    assert same(weights, expected) and same(states, its_states)
+    assert many == 80 and launches < 50
+
+
+def test_a_captured_step_takes_gradients_from_where_they_are():
+    params = [torch.nn.Parameter(torch.randn(64, 64, device="cuda", dtype=torch.bfloat16)) for _ in range(8)]
+    twins = [torch.nn.Parameter(param.detach().clone()) for param in params]
+    optimizer, other = (AdamW(p, lr=1e-2, capturable=True) for p in (params, twins))
+    for param, twin in zip(params, twins, strict=True):
+        param.grad, twin.grad = torch.zeros_like(param), torch.zeros_like(twin)
+    optimizer.step()
+    other.step()
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        optimizer.step()
+    for _ in range(3):
+        for param, twin in zip(params, twins, strict=True):
+            param.grad.normal_()
+            twin.grad.copy_(param.grad)
+        torch.empty(1 << 16, dtype=torch.int64, pin_memory=True).fill_(-1)  # host memory that is used again
+        graph.replay()
+        other.step()
+    assert same(params, twins)
+
+
 def test_split_master_is_fp32_adamw_over_100_steps():
     generator = torch.Generator("cuda").manual_seed(0)
     start = (torch.randn(100_000, generator=generator, device="cuda") * 0.05).bfloat16()

@@ -1,8 +1,9 @@
 """The pieces by name, and their table.
 
 Times are medians of replays of a CUDA graph (``lowprec.machine.timing.graph_milliseconds``), since the host may take
-longer to launch a piece than the device to run it. The head alone is called as it is (``milliseconds``): Liger's
-function waits for numbers from the device, which no graph can do; and its kernels take longer than their launches.
+longer to launch a piece than the device to run it. Called as they are (``milliseconds``) are the head, since Liger's
+function waits for numbers from the device, which no graph can do, and its kernels take longer than their launches; and
+an optimizer's step, whose launches are what is measured.
 """
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -24,6 +25,7 @@ PIECES: dict[str, tuple[Calls, tuple[tuple, ...]]] = {
     "gated_casts": (gated_casts.calls, gated_casts.CASES),
     "rope": (elementwise.rope, elementwise.HEADS),
     "adamw": (adamw.calls, adamw.CASES),
+    "adamw_step": (adamw.step_calls, adamw.STEP_CASES),
     "gradient_norm": (gradient_norm.calls, gradient_norm.CASES),
     "low_rank_product": (low_rank_product.calls, low_rank_product.CASES),
     "attention": (attention.calls, attention.CASES),
@@ -32,7 +34,7 @@ PIECES: dict[str, tuple[Calls, tuple[tuple, ...]]] = {
 """Name -> what yields its calls, and the cases that it is given."""
 
 NOTES = {
-    "ms": "ms: replayed as a CUDA graph; the head, whose ways wait for the device or are long, called as it is",
+    "ms": "ms: replayed as a CUDA graph; the head and an optimizer's step called as they are, with what the host takes",
     "GiB": "GiB: peak beyond what stands before",
     "TB/s": "TB/s: the bytes that have to move, over the time; copy: one that moves as many, read and written",
 }
