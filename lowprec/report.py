@@ -77,7 +77,9 @@ def dtypes(model: nn.Module, optimizer: torch.optim.Optimizer, compute: torch.dt
 
 def peak_memory() -> dict[str, float]:
     """Peak GiB of this process: ``peak_ram_gib`` resident, ``peak_vram_gib`` allocated by PyTorch (0 on the CPU)."""
-    vram = torch.cuda.max_memory_allocated() / GIB if torch.cuda.is_available() else 0.0
+    vram = 0.0
+    if torch.cuda.is_available():  # as torch.cuda.max_memory_allocated, in 24 instead of 146 us of the host
+        vram = torch.cuda.memory_stats_as_nested_dict()["allocated_bytes"]["all"]["peak"] / GIB
     return {
         "peak_vram_gib": round(vram, 3),
         "peak_ram_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / GIB, 3),

@@ -51,10 +51,10 @@ class RunFolder:
     def write_report(self, report: dict[str, Any]) -> None:
         _write_whole(self.path / REPORT, json.dumps(report, indent=2) + "\n")
 
-    def append_metrics(self, row: dict[str, Any]) -> None:
-        """Add a row to ``metrics.jsonl``: ``step`` and what was measured at it."""
+    def append_metrics(self, *rows: dict[str, Any]) -> None:
+        """Add rows to ``metrics.jsonl``: ``step`` and what was measured at it."""
         with (self.path / METRICS).open("a") as file:
-            file.write(json.dumps(row) + "\n")
+            file.write("".join(json.dumps(row) + "\n" for row in rows))
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)

@@ -13,13 +13,16 @@ def ahead(items: Iterator[T], *, depth: int = 3) -> Iterator[T]:
 
     An exception of ``items`` is raised here in its turn. Closing this generator stops the thread and closes ``items``.
     """
-    ready: queue.Queue[tuple[bool, T | BaseException | None]] = queue.Queue()
-    room = threading.Semaphore(depth)
+    # Written in C: a Queue and a Semaphore are a dozen calls of Python for each item, beside which a step may wait.
+    ready: queue.SimpleQueue[tuple[bool, T | BaseException | None]] = queue.SimpleQueue()
+    room: queue.SimpleQueue[bool] = queue.SimpleQueue()
+    for _ in range(depth):
+        room.put(True)
     stopping = threading.Event()
 
     def work() -> None:
         try:
-            while room.acquire() and not stopping.is_set():
+            while room.get() and not stopping.is_set():
                 ready.put((True, next(items)))
         except StopIteration:
             ready.put((False, None))
@@ -38,9 +41,9 @@ def ahead(items: Iterator[T], *, depth: int = 3) -> Iterator[T]:
                 if isinstance(value, BaseException):
                     raise value
                 return
-            room.release()
+            room.put(True)
             yield value  # type: ignore[misc]
     finally:
         stopping.set()
-        room.release()
+        room.put(True)
         thread.join()

@@ -13,6 +13,7 @@ is, so that it would undo a sliding window. :func:`lowprec.data.fit.fit_to_model
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
 import torch
 from torch.nn import functional as F
 
@@ -41,31 +42,37 @@ def collate(
         with a mask, also ``attention_mask`` of ``[rows, 1, longest, longest]``, bool or fp32; with DOCUMENTS also
         ``documents``.
     """
-    num_rows = max(1, len(items))
-    longest = length or max((len(item["input_ids"]) for item in items), default=2)
-    input_ids = torch.full((num_rows, longest), pad_token_id, dtype=torch.int64)
-    labels = torch.full((num_rows, longest), IGNORE, dtype=torch.int64)
-    # A row of padding attends to itself: a softmax over nothing would be NaN.
-    attention_mask = torch.zeros((num_rows, longest), dtype=torch.int64) if items else torch.ones_like(input_ids)
-    position_ids = torch.arange(longest).repeat(num_rows, 1)
-    documents: list[int] = [] if items else [longest]
-    for row, item in enumerate(items):
-        filled = len(item["input_ids"])
-        input_ids[row, :filled] = torch.tensor(item["input_ids"])
-        labels[row, :filled] = torch.tensor(item["labels"])
-        attention_mask[row, :filled] = 1
-        starts = [*item["lengths"], longest - filled]
-        position_ids[row] = torch.cat([torch.arange(count) for count in starts])
-        documents += [count for count in starts if count]
-    inputs: Inputs = {"input_ids": input_ids, "labels": labels}
+    if not items:  # its row of padding attends to itself: a softmax over nothing would be NaN
+        items = [_row_of_padding(length or 2, pad_token_id)]
+    filled = np.array([len(item["input_ids"]) for item in items])
+    longest = length or int(filled.max())
+    # Whole arrays at a time: row by row, Python's lock was held for milliseconds, while training waited for it.
+    is_token = np.arange(longest) < filled[:, None]
+    input_ids, labels = (np.full(is_token.shape, fill, dtype=np.int64) for fill in (pad_token_id, IGNORE))
+    input_ids[is_token] = np.concatenate([item["input_ids"] for item in items])
+    labels[is_token] = np.concatenate([item["labels"] for item in items])
+    inputs: Inputs = {"input_ids": torch.from_numpy(input_ids), "labels": torch.from_numpy(labels)}
     if attention is None:
-        return inputs | {"attention_mask": attention_mask}
+        return inputs | {"attention_mask": torch.from_numpy(is_token.astype(np.int64))}
+    counts = [
+        n for item, padding in zip(items, longest - filled, strict=True) for n in (*item["lengths"], int(padding)) if n
+    ]
+    begins = np.cumsum([0, *counts[:-1]])
+    position_ids = torch.from_numpy(np.arange(is_token.size) - np.repeat(begins, counts)).view(is_token.shape)
     inputs["position_ids"] = position_ids
     if attention is PackedAttention.DOCUMENTS:
-        inputs["documents"] = Documents.of(documents)
+        inputs["documents"] = Documents.of(counts)
     elif attention is not PackedAttention.POSITIONS:
         inputs["attention_mask"] = _block_diagonal(position_ids, as_bool=attention is PackedAttention.BOOL_MASK)
     return inputs
+
+
+def _row_of_padding(length: int, pad_token_id: int) -> Item:
+    return {
+        "input_ids": np.full(length, pad_token_id, dtype=np.int32),
+        "labels": np.full(length, IGNORE, dtype=np.int32),
+        "lengths": [length],
+    }
 
 
 def shifted(labels: torch.Tensor) -> torch.Tensor:

@@ -37,8 +37,8 @@ class Energy:
 
 
 class EnergyMeter:
-    """Starts when it is made; ``read()`` at any later time, at least every ten minutes where RAPL is read, whose
-    counters wrap."""
+    """Starts when it is made; ``read()`` at any later time. ``keep_up()`` at least every ten minutes: RAPL's counters
+    wrap."""
 
     def __init__(self, devices: Sequence[torch.device] = (), powercap: Path | None = None) -> None:
         """Args:
@@ -62,6 +62,11 @@ class EnergyMeter:
         return Energy(
             joules=self._joules if self._sources else None, seconds=seconds, source=self.source, note=self.note
         )
+
+    def keep_up(self) -> None:
+        """Read the counters that wrap; others, which a driver may take long to answer, are only read when asked."""
+        if any(wrap for _, wrap in self._sources):
+            self.read()
 
 
 _Source = tuple[Callable[[], float], float]

@@ -258,9 +258,11 @@ class Run(Built):
                 for prompt in self.data.prompts[: options.num_sample_answers]
             ]
         self.recorder.row({"step": self.progress["step"], "eval_loss": loss})
+        self.recorder.flush()
         self.display.note(f"step {self.progress['step']}: held-out loss {loss:.4f}")
 
     def _save_checkpoint(self) -> None:
+        self.recorder.flush()  # the rows up to a checkpoint are not taken again
         last = self.recorder.last_checkpoint()
         keeps = f"{last} stays usable." if last else "There is no older checkpoint."
         self.state.save(self.folder.checkpoints / f"step-{self.progress['step']}", self.accelerator, keeps)

@@ -140,10 +140,9 @@ def load_trainable(model: nn.Module, folder: Path) -> None:
 
 def random_state() -> dict[str, Any]:
     """Every generator that training may draw from. Taking it does not wait for the device."""
-    kind, keys, position, has_gauss, cached = np.random.get_state()  # noqa: NPY002  the global one is what libraries use
     return {
         "python": random.getstate(),
-        "numpy": [kind, np.asarray(keys).tolist(), int(position), int(has_gauss), float(cached)],
+        "numpy": np.random.get_state(),  # noqa: NPY002  the global one is what libraries use
         "torch": torch.get_rng_state(),
         "cuda": torch.cuda.get_rng_state() if torch.cuda.is_available() else None,
     }
@@ -163,7 +162,9 @@ def set_random_state(state: dict[str, Any]) -> None:
 def _save_random(folder: Path, rank: int) -> None:
     state = random_state()
     tensors = {name: state[name] for name in ("torch", "cuda") if state[name] is not None}
-    host = {"python": state["python"], "numpy": state["numpy"]}
+    kind, keys, position, has_gauss, cached = state["numpy"]
+    numbers = [kind, keys.tolist(), int(position), int(has_gauss), float(cached)]
+    host = {"python": state["python"], "numpy": numbers}
     save_file(tensors, folder / f"random-{rank}.safetensors", metadata={"host": json.dumps(host)})
 
 
