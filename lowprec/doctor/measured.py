@@ -33,8 +33,8 @@ def measure_machine(folder: str, console: Console, as_json: bool) -> None:
             from lowprec.bench.train.host import host_us_per_call  # transformers and all: the doctor is to start fast
 
             bar.update(task, completed=0.97, description="the host")
-            host = host_us_per_call(torch.device("cuda"))
-            profile = replace(profile, machine=replace(profile.machine, host_us=host))
+            host, own = host_us_per_call(torch.device("cuda"))
+            profile = replace(profile, machine=replace(profile.machine, host_us=host, own_host_us=own))
     profile.write(profile_path())
     if as_json:
         print(json.dumps(profile.to_dict(), indent=1))
@@ -62,7 +62,8 @@ def render_profile(profile: Profile, console: Console) -> None:
     rates.add_row("disk, read, write, both at once", f"{disk} ({way}, {limits['disk_path']})")
     rates.add_row("least time of a kernel, of a product", f"{machine.launch_us:.3g}, {machine.product_us:.3g} us")
     if machine.capability is not None:
-        rates.add_row("the host, for an operator of a step", f"{machine.host_us:.3g} us")
+        own = "" if machine.own_host_us is None else f", for one of lowprec's {machine.own_host_us:.3g} us"
+        rates.add_row("the host, for an operator of a step", f"{machine.host_us:.3g} us{own}")
     console.print(rates, highlight=False)
     products = Table(title="\nProducts, and predictions of layers that were held out", title_justify="left", box=None)
     for column in ("kind", "TFLOP/s", "timed", "median error", "90 % within", "median error of the bound alone"):

@@ -46,6 +46,8 @@ class Machine:
     """The least time of a product, which has to fill and drain its pipeline."""
     host_us: float = 10.0
     """What the host takes to launch one operator of a training step, autograd included."""
+    own_host_us: float | None = None
+    """The same for one of lowprec's operators, whose kernels Triton launches; None: as for any."""
     assumed: tuple[str, ...] = ()
     """Names of the fields that are assumptions about a typical machine, neither measured nor in a datasheet."""
     corrections: Mapping[str, Correction] = field(default_factory=dict, repr=False)

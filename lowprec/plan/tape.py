@@ -68,6 +68,8 @@ class Run:
     """Bytes read and written by one call -> calls, of all that is no product."""
     calls: int = 0
     """Kernels launched."""
+    own_calls: int = 0
+    """Of them, by lowprec's operators, which are dearer for the host."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -272,6 +274,7 @@ def _append(run: Run, more: Run) -> None:
     run.products += more.products
     run.moves += more.moves
     run.calls += more.calls
+    run.own_calls += more.own_calls
 
 
 def _cut(run: Run, layer_of: dict[int, int | None]) -> list[Run]:
@@ -288,7 +291,7 @@ def _cut(run: Run, layer_of: dict[int, int | None]) -> list[Run]:
         elif storage in new:
             layer = None
         tagged.append((event, layer))
-    pieces = [Run(run.phase, None, [], run.products, run.moves, run.calls)]
+    pieces = [Run(run.phase, None, [], run.products, run.moves, run.calls, run.own_calls)]
     for event, layer in reversed(tagged):
         if layer != pieces[-1].layer:
             pieces.append(Run(run.phase, layer))

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from lowprec.machine import Machine
 from lowprec.plan.operators import ATTENTION
 from lowprec.plan.states import States
-from lowprec.plan.tape import Product, Stretched, Tape
+from lowprec.plan.tape import Product, Run, Stretched, Tape
 
 ATTENTION_SHARE = 0.5
 """Of the rate of large bf16 products, what fused attention reaches. FlashAttention-2 on A100: 73 % of the peak forward
@@ -41,6 +41,11 @@ def product_ms(machine: Machine, product: Product) -> float:
     return product.count * machine.product_ms(kind, product.m, product.n, product.k)
 
 
+def _host_us(machine: Machine, run: Run) -> float:
+    own = machine.host_us if machine.own_host_us is None else machine.own_host_us
+    return (run.calls - run.own_calls) * machine.host_us + run.own_calls * own
+
+
 def step_time(
     tape: Tape | Stretched,
     machine: Machine,
@@ -64,7 +69,7 @@ def step_time(
         in_graphs: whether the host launches layers as CUDA graphs.
     """
     known: dict[Product, float] = {}
-    products = traffic = calls = 0.0
+    products = traffic = host = 0.0
     for run in tape.runs:
         times = 1 if run.phase == "update" else micro_batches
         for product, count in run.products.items():
@@ -73,15 +78,17 @@ def step_time(
             products += times * count * known[product]
         for nbytes, count in run.moves.items():
             traffic += times * count * machine.traffic_ms(nbytes)
-        calls += times * (run.calls if run.layer is None or not in_graphs else min(run.calls, CALLS_PER_GRAPH))
-    host = calls * machine.host_us / 1e3  # a step is no faster than its host
+        replayed = in_graphs and run.layer is not None
+        host += (
+            times * (min(run.calls, CALLS_PER_GRAPH) * machine.host_us if replayed else _host_us(machine, run)) / 1e3
+        )
     update = machine.traffic_ms(update_bytes)
     fetched = micro_batches * fetched_bytes / machine.h2d_gb_per_s / 1e6
     device = products + traffic + fetched
     link = states.step_to_device / machine.h2d_gb_per_s / 1e6 + states.step_to_device / machine.d2h_gb_per_s / 1e6
     sent = micro_batches * offloaded_bytes / machine.d2h_gb_per_s / 1e6
     disk = (states.step_read + states.step_written) / machine.disk_mixed_gb_per_s / 1e6
-    busy = max(device, host, sent)
+    busy = max(device, host, sent)  # a step is no faster than its host
     # Uploads, updates and downloads of chunks overlap with each other, and in backward with that.
     away = max(link, disk, update)
     total = max(busy, away) if in_backward and states.step_to_device else busy + away

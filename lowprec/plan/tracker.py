@@ -66,6 +66,7 @@ class Tracker(TorchDispatchMode):
             number = self._new(hidden, "workspace")
             run.events += (2 * number, 2 * number + 1)
         run.calls += 1
+        run.own_calls += func.namespace == "lowprec"
         products = products_of(func, args, outputs)
         if products:
             run.products.update(products)

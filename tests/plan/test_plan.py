@@ -175,6 +175,20 @@ def test_a_step_is_no_faster_than_its_host(folder):
     assert times[1].host_ms == pytest.approx(100 * times[0].host_ms) and times[1].total_ms > 50 * times[0].products_ms
 
 
+def test_own_operators_take_the_host_longer(folder):
+    def host_ms(own_host_us, *overrides):
+        recipe, _ = resolve("lora", [f"model.model_name_or_path={folder}", "data.path=some", *overrides])
+        machine = replace(named_card("H100"), host_us=10.0, own_host_us=own_host_us)
+        return Planner(tiny_model("llama").config, machine).predict(recipe).time.host_ms
+
+    eight_bit = ("weights=fp8",)
+    plain, dear = host_ms(None, *eight_bit), host_ms(1010.0, *eight_bit)
+    own = dear - plain  # milliseconds, and as many operators
+    assert own == pytest.approx(round(own)) and own > 8 * 7 * 7, "a cast and more for each layer and micro-batch"
+    assert host_ms(10.0, *eight_bit) == plain
+    assert host_ms(1010.0) - host_ms(None) < own / 20, "in 16 bits the loss alone is computed by one"
+
+
 def test_schemes_that_measure_are_predicted(folder):
     answer = planned(folder, "lora", "weights=auto").to_dict()
     assert sum(answer["layers"].values()) == 7 * 7 + 1

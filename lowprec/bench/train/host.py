@@ -1,6 +1,7 @@
-"""How long this host takes for one operator of a training step: of a step so small that its kernels take no time."""
+"""How long this host takes for one operator of a training step: of steps so small that their kernels take no time."""
 
 import tempfile
+from dataclasses import replace
 from pathlib import Path
 
 import torch
@@ -18,12 +19,25 @@ SMALL = Work(
 """LoRA, layers computed again: the longest way through the host that many recipes take."""
 
 
-def host_us_per_call(device: torch.device) -> float:
-    """Microseconds of a step for each operator that ``lowprec plan`` counts in it."""
+OWN = replace(SMALL, overrides=("weights=int8_hadamard", *SMALL.overrides[1:]))
+"""The same over 8-bit codes, with a cast and a product of lowprec's for each layer."""
+
+
+def host_us_per_call(device: torch.device) -> tuple[float, float]:
+    """Microseconds of a step for each operator that ``lowprec plan`` counts in it: PyTorch's, and lowprec's own, which
+    take what PyTorch's leave of a step that has both."""
+    step_us, calls, own_calls = _step(SMALL, device)
+    host_us = step_us / calls
+    step_us, calls, own_calls = _step(OWN, device)
+    return host_us, max((step_us - (calls - own_calls) * host_us) / own_calls, host_us)
+
+
+def _step(work: Work, device: torch.device) -> tuple[float, int, int]:
+    """Microseconds, operators, and those of lowprec among them."""
     with tempfile.TemporaryDirectory() as folder:
-        figures = run(SMALL, Path(folder), device)
-        recipe = recipe_of(SMALL, Path(folder), device)
+        figures = run(work, Path(folder), device)
+        recipe = recipe_of(work, Path(folder), device)
     # The card matters to memory alone.
-    traced = TracedRecipe(recipe, AutoConfig.for_model(**SMALL.shape), named_card("H100"))
-    calls = sum(part.calls for part in traced.trace(SMALL.batch, SMALL.length).runs)
-    return 1e3 * figures["step_ms_p50"] / calls
+    traced = TracedRecipe(recipe, AutoConfig.for_model(**work.shape), named_card("H100"))
+    runs = traced.trace(work.batch, work.length).runs
+    return 1e3 * figures["step_ms_p50"], sum(part.calls for part in runs), sum(part.own_calls for part in runs)
