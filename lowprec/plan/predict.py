@@ -30,6 +30,10 @@ PARTS = (*KINDS, "slack", "context")
 UNKNOWN_CARD = "RTX 4060"
 """Whose kernels are assumed where no card is known: its generation decides between kernels, not its size."""
 
+CALLS_IN_BACKWARD = 2
+"""Kernels that an update in backward launches for each parameter: the gradient's norm, and the update. One that comes
+after backward launches the parameters together."""
+
 NOT_TRACED = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "seed",
     "eval_steps", "eval_max_samples", "num_sample_answers", "save_steps", "save_total_limit", "report_to",
@@ -236,6 +240,7 @@ class Planner:
                 fetched_bytes=rows * length * traced.fetched_bytes,
                 offloaded_bytes=found.offloaded_bytes * self._depth / traced.num_layers,
                 in_graphs=in_graphs(recipe),
+                update_calls=CALLS_IN_BACKWARD * len(trained) if updates_in_backward(recipe) else 0,
             )
             tokens = rows * length * accumulated / time.total_ms * 1e3
             joules = None if self.machine.power_w is None else self.machine.power_w * time.total_ms / 1e3

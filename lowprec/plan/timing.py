@@ -57,6 +57,7 @@ def step_time(
     fetched_bytes: float = 0.0,
     offloaded_bytes: float = 0.0,
     in_graphs: bool = False,
+    update_calls: int = 0,
 ) -> StepTime:
     """The time of one optimizer step.
 
@@ -67,9 +68,11 @@ def step_time(
         fetched_bytes: that a micro-batch waits for from host memory.
         offloaded_bytes: activations sent to the host by a micro-batch.
         in_graphs: whether the host launches layers as CUDA graphs.
+        update_calls: kernels that the optimizer launches one by one.
     """
     known: dict[Product, float] = {}
-    products = traffic = host = 0.0
+    products = traffic = 0.0
+    host = update_calls * machine.host_us / 1e3
     for run in tape.runs:
         times = 1 if run.phase == "update" else micro_batches
         for product, count in run.products.items():

@@ -77,3 +77,22 @@ def test_unknown_energy_is_null_with_its_reason_and_takes_no_row(tmp_path, monke
     console = Console(record=True, width=160)
     print_summary(report, tmp_path, console)
     assert "kWh" not in console.export_text()
+
+
+def test_rows_are_written_once_a_second_and_trackers_get_the_newest(tmp_path, monkeypatch):
+    clock = SimpleNamespace(now=100.0, monotonic=lambda: clock.now)
+    monkeypatch.setattr("lowprec.train.recorder.time", clock)
+    made, logged = recorder(tmp_path / "run", resume_from=None), []
+    made.accelerator.log = lambda values, step: logged.append((step, *values))
+    for step in range(1, 6):
+        made.row({"step": step, "loss": 1.0})
+        clock.now += 0.3
+    assert [row["step"] for row in made.folder.metrics()] == [1, 2, 3, 4, 5]
+    assert logged == [(1, "loss"), (5, "loss")]
+    made.row({"step": 6, "loss": 1.0})
+    made.row({"step": 6, "eval_loss": 2.0})
+    assert len(made.folder.metrics()) == 5, "not yet"
+    made.flush()
+    made.flush()
+    assert [row["step"] for row in made.folder.metrics()] == [1, 2, 3, 4, 5, 6, 6]
+    assert logged[2:] == [(6, "loss"), (6, "eval_loss")]
