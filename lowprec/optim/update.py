@@ -22,7 +22,7 @@ from lowprec.optim.steps import Hyper, Steps
 # Elements that the decoding path converts at once: bounds its fp32 copies to 64 MiB. A multiple of BLOCK.
 SLICE = 1 << 22
 FEWEST_TOGETHER = 4
-"""Slices that are worth a table: it takes the host as long as one or two launches."""
+"""Slices that are worth a table, which is copied to the device before its launch."""
 
 
 @dataclass(frozen=True)

@@ -82,9 +82,8 @@ def step_time(
         for nbytes, count in run.moves.items():
             traffic += times * count * machine.traffic_ms(nbytes)
         replayed = in_graphs and run.layer is not None
-        host += (
-            times * (min(run.calls, CALLS_PER_GRAPH) * machine.host_us if replayed else _host_us(machine, run)) / 1e3
-        )
+        host_us = min(run.calls, CALLS_PER_GRAPH) * machine.host_us if replayed else _host_us(machine, run)
+        host += times * host_us / 1e3
     update = machine.traffic_ms(update_bytes)
     fetched = micro_batches * fetched_bytes / machine.h2d_gb_per_s / 1e6
     device = products + traffic + fetched

@@ -30,7 +30,7 @@ from lowprec_kernels.adamw.triton_formats import (
     hash32,
     mix32,
     round_to_bf16,
-)  # fmt: skip
+)
 
 PLAIN, ROUNDED, SPLIT, WHOLE = range(4)  # where fp32 weights come from: the weight, a rounded one, residual, master
 
@@ -39,9 +39,12 @@ ALIGNED = 16
 LARGEST_IN_TABLE = 1 << 22
 """Elements. The device works longer on a larger slice than the host launches its kernel."""
 BLOCKS = 8
-"""That a program of the table's kernel takes, so that it reads its row for more than one."""
+"""That a program of the table's kernel takes, so that it reads its row for more than one. On an H100 the 134.5 M
+elements of 272 parameters take 1.18, 1.19, 1.20 and 1.21 ms with 4, 8, 16 and 32 (fp32 moments, split master), and
+0.656, 0.654, 0.660 and 0.687 with 8-bit moments."""
 COUNT = 12
-"""Column of the table with a slice's elements."""
+"""Column of the table with a slice's elements. Before it stand the addresses that ``_adamw_kernel`` takes, in its
+order: weight, gradient, master, moments and scales 0 to 8, step and corrections 9 to 11; after it, start and key."""
 _TYPES = {
     torch.float32: tl.float32,
     torch.bfloat16: tl.bfloat16,
@@ -297,8 +300,8 @@ def run_table(
 ) -> None:
     """Update slices of one format in one launch, to the same bits as ``run`` does.
 
-    A launch takes the host 20 us or more, and the device as long for a million elements; small models have hundreds of
-    parameters of less.
+    Small models have hundreds of small parameters, each of which takes the host longer to launch than the device to
+    update: a step over the 272 of a 135M model took 12 ms on an H100, and takes 1.7 so (docs/benchmarks).
 
     Args:
         rows: of ``table_row``. ``grads``: one for each, of one dtype, each address a multiple of ``ALIGNED``.

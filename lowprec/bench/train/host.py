@@ -10,6 +10,7 @@ from transformers import AutoConfig
 from lowprec.bench.train.ours import recipe_of, run
 from lowprec.bench.train.works import TINY, Work
 from lowprec.machine import named_card
+from lowprec.ops.backends import no_triton
 from lowprec.plan.step import TracedRecipe
 
 SMALL = Work(
@@ -23,11 +24,13 @@ OWN = replace(SMALL, overrides=("weights=int8_hadamard", *SMALL.overrides[1:]))
 """The same over 8-bit codes, with a cast and a product of lowprec's for each layer."""
 
 
-def host_us_per_call(device: torch.device) -> tuple[float, float]:
+def host_us_per_call(device: torch.device) -> tuple[float, float | None]:
     """Microseconds of a step for each operator that ``lowprec plan`` counts in it: PyTorch's, and lowprec's own, which
-    take what PyTorch's leave of a step that has both."""
-    step_us, calls, own_calls = _step(SMALL, device)
+    take what PyTorch's leave of a step that has both. None for these on cards before capability 8.0, which run none."""
+    step_us, calls, _ = _step(SMALL, device)
     host_us = step_us / calls
+    if device.type == "cuda" and no_triton(device) is not None:
+        return host_us, None
     step_us, calls, own_calls = _step(OWN, device)
     return host_us, max((step_us - (calls - own_calls) * host_us) / own_calls, host_us)
 
