@@ -2,6 +2,7 @@
 
 import weakref
 from collections.abc import Sequence
+from functools import cache
 from typing import Any
 
 import torch
@@ -117,18 +118,27 @@ class Place:
 
 def copies(gradients: Sequence[torch.Tensor | None]) -> list[torch.Tensor | None]:
     """Contiguous copies, side by side in one tensor for each dtype; None stays None."""
-    found = [gradient for gradient in gradients if gradient is not None]
-    if not found:
-        return list(gradients)
-    sizes: dict[torch.dtype, list[int]] = {}
-    for gradient in found:
-        sizes.setdefault(gradient.dtype, []).append(-(-gradient.numel() // ALIGNMENT) * ALIGNMENT)
-    flat = {kind: torch.empty(sum(parts), dtype=kind, device=found[0].device) for kind, parts in sizes.items()}
-    pieces = {kind: iter(whole.split(sizes[kind])) for kind, whole in flat.items()}
-    made = [next(pieces[g.dtype])[: g.numel()].view(g.shape) for g in found]
-    torch._foreach_copy_(made, found)
-    ready = iter(made)
-    return [None if gradient is None else next(ready) for gradient in gradients]
+    made = list(gradients)
+    for kind in {gradient.dtype for gradient in gradients if gradient is not None}:
+        found = {i: gradient for i, gradient in enumerate(gradients) if gradient is not None and gradient.dtype == kind}
+        forms: dict[int, torch.Tensor] = {}
+        for i, gradient in found.items():
+            forms[i] = gradient
+            if padding := -gradient.numel() % ALIGNMENT:
+                forms[~i] = _filler(padding)
+        flat = torch.empty(sum(form.numel() for form in forms.values()), dtype=kind, device=forms[min(found)].device)
+        # All in one call: cut one by one, the 14 of a layer with LoRA took the host 0.1 ms, in each of 30 layers.
+        pieces = dict(zip(forms, torch._C._nn.unflatten_dense_tensors(flat, list(forms.values())), strict=True))
+        torch._foreach_copy_([pieces[i] for i in found], list(found.values()))
+        for i in found:
+            made[i] = pieces[i]
+    return made
+
+
+@cache
+def _filler(numel: int) -> torch.Tensor:
+    """A form of so many elements, without memory."""
+    return torch.empty(numel, device="meta")
 
 
 class _Memory:

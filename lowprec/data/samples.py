@@ -1,5 +1,6 @@
 """Tokenised samples on disk (memory-mapped Arrow), and views of them: a part, and rows of several samples."""
 
+from bisect import bisect_right
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 
@@ -46,10 +47,10 @@ class _Lists:
     def __init__(self, column: pa.ChunkedArray) -> None:
         self._values = [chunk.values.to_numpy() for chunk in column.chunks]
         self._offsets = [chunk.offsets.to_numpy() for chunk in column.chunks]
-        self._first_rows = np.cumsum([0, *map(len, column.chunks)])
+        self._first_rows: list[int] = np.cumsum([0, *map(len, column.chunks)]).tolist()
 
     def __getitem__(self, row: int) -> np.ndarray:
-        chunk = int(np.searchsorted(self._first_rows, row, side="right")) - 1
+        chunk = bisect_right(self._first_rows, row) - 1
         place = row - self._first_rows[chunk]
         start, end = self._offsets[chunk][place : place + 2]
         return self._values[chunk][start:end]

@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import torch
 from rich.console import Console
@@ -30,11 +31,11 @@ def measure_machine(folder: str, console: Console, as_json: bool) -> None:
         task = bar.add_task("", total=1.0)
         profile = measure(Path(folder), lambda what, share: bar.update(task, completed=share, description=what))
         if torch.cuda.is_available():
-            from lowprec.bench.train.host import host_us_per_call  # transformers and all: the doctor is to start fast
+            from lowprec.bench.train.host import host_times  # transformers and all: the doctor is to start fast
 
             bar.update(task, completed=0.97, description="the host")
-            host, own = host_us_per_call(torch.device("cuda"))
-            profile = replace(profile, machine=replace(profile.machine, host_us=host, own_host_us=own))
+            host: dict[str, Any] = host_times(torch.device("cuda"))
+            profile = replace(profile, machine=replace(profile.machine, **host))
     profile.write(profile_path())
     if as_json:
         print(json.dumps(profile.to_dict(), indent=1))
@@ -64,6 +65,8 @@ def render_profile(profile: Profile, console: Console) -> None:
     if machine.capability is not None:
         own = "" if machine.own_host_us is None else f", for one of lowprec's {machine.own_host_us:.3g} us"
         rates.add_row("the host, for an operator of a step", f"{machine.host_us:.3g} us{own}")
+        if machine.replay_us is not None:
+            rates.add_row("the host, for a pass of a replayed layer", f"{machine.replay_us:.3g} us")
     console.print(rates, highlight=False)
     products = Table(title="\nProducts, and predictions of layers that were held out", title_justify="left", box=None)
     for column in ("kind", "TFLOP/s", "timed", "median error", "90 % within", "median error of the bound alone"):

@@ -32,15 +32,22 @@ class MemoryStore:
         self._allocate = allocate
         self._memory = memory
         self._buffers: dict[int, Tensor] = {}
+        self._reserved: dict[int, Tensor] = {}
         self.traffic: Traffic | None = None  # nothing is moved to a disk
         self.notes: list[str] = []
+
+    def reserve(self) -> None:
+        """Take the memory of all chunks now, so that it lies together; their states begin at the first read."""
+        missing = [chunk for chunk in self.chunks if chunk.index not in self._buffers]
+        self._reserved = {chunk.index: self._allocate(chunk) for chunk in missing}
 
     def prefetch(self, order: Sequence[Chunk]) -> None:
         """Nothing to do: the states are here."""
 
     def read(self, chunk: Chunk) -> Tensor:
         if chunk.index not in self._buffers:
-            buffer = self._allocate(chunk)
+            reserved = self._reserved.pop(chunk.index, None)
+            buffer = self._allocate(chunk) if reserved is None else reserved
             initialise(chunk, buffer, self._params)
             self._buffers[chunk.index] = buffer
         return self._buffers[chunk.index]
@@ -55,6 +62,7 @@ class MemoryStore:
 
     def close(self) -> None:
         self._buffers.clear()
+        self._reserved.clear()
         if self._memory is not None:
             self._memory.close()
 

@@ -31,7 +31,8 @@ class StagedStore:
         self._downloaded: dict[int, torch.cuda.Event] = {}
         self._held: dict[int, tuple[Tensor, int]] = {}
         self._turn = 0
-        self._device = device
+        # A number: of a device's name, CUDA's state is asked for 20 us.
+        self._device = torch.cuda.current_device() if device.index is None else device.index
         self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
     def prefetch(self, order: Sequence[Chunk]) -> None:

@@ -18,9 +18,11 @@ from lowprec.optim.store import StateStore
 
 STATE_STORES = ("gpu", "cpu", "ssd")
 CHUNK_BYTES = 8 << 20
-SMALLEST_CHUNK, CHUNKS = 1 << 20, 64
-"""Of states in host memory that are small: the GPU holds four chunks (staged_store.py), which need not be a third of
-all."""
+"""Of the ssd store, where ``lowprec bench ssd`` has found nothing better."""
+SMALLEST_CHUNK, LARGEST_CHUNK, CHUNKS = 1 << 20, 32 << 20, 64
+"""Of states in host memory. The GPU holds four chunks (staged_store.py), which need not be a third of small states; and
+for a chunk the host takes 0.4 ms, in which PCIe moves 20 MiB: a step of a 1B model took 500 to 740 ms on an H100 by
+chunks of 8 MiB, and 358 by 32."""
 THREADS = 8
 TUNED_FILE = "lowprec-tuned.json"
 
@@ -98,9 +100,9 @@ def open_store(
 
 
 def memory_chunk_bytes(numels: dict[int, int], formats: dict[int, StateFormat]) -> int:
-    """Bytes of a chunk of the cpu store: a 64th of all states, at least 1 and at most 8 MiB."""
+    """Bytes of a chunk of the cpu store: a 64th of all states, at least 1 and at most 32 MiB."""
     nbytes = sum(formats[i].nbytes(numel) for i, numel in numels.items())
-    return min(max(nbytes // CHUNKS, SMALLEST_CHUNK), CHUNK_BYTES)
+    return min(max(nbytes // CHUNKS, SMALLEST_CHUNK), LARGEST_CHUNK)
 
 
 def read_tuned(path: Path) -> dict[str, int]:

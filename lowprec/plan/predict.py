@@ -229,18 +229,25 @@ class Planner:
         accumulated = recipe.train.gradient_accumulation_steps
         time = tokens = joules = None
         if self.machine is not None:
-            weights = sum(p.numel * p.dtype.itemsize for p in trained)
+            weights, traced_weights = (sum(p.numel * p.dtype.itemsize for p in ps) for ps in (trained, traced.trained))
+            in_backward = updates_in_backward(recipe)
+            # The norm reads gradients, which the trace has only of its layers and after backward; scaling reads and
+            # writes them.
+            gradients = (weights if in_backward else weights - traced_weights) * (
+                1 if recipe.train.max_grad_norm is None else 3
+            )
             time = step_time(
                 tape,
                 self.machine,
                 states,
                 micro_batches=accumulated,
                 update_bytes=3 * weights + 2 * sum(nbytes for _, nbytes in states.device),
-                in_backward=updates_in_backward(recipe),
+                in_backward=in_backward,
                 fetched_bytes=rows * length * traced.fetched_bytes,
                 offloaded_bytes=found.offloaded_bytes * self._depth / traced.num_layers,
+                gradient_bytes=gradients,
                 in_graphs=in_graphs(recipe),
-                update_calls=CALLS_IN_BACKWARD * len(trained) if updates_in_backward(recipe) else 0,
+                update_calls=CALLS_IN_BACKWARD * len(trained) if in_backward else 0,
             )
             tokens = rows * length * accumulated / time.total_ms * 1e3
             joules = None if self.machine.power_w is None else self.machine.power_w * time.total_ms / 1e3

@@ -44,6 +44,8 @@ class States:
     step_written: int = 0
     step_to_device: int = 0
     """Over PCIe in a step, and as many back."""
+    step_chunks: int = 0
+    """In so many pieces."""
 
 
 def states_of(recipe: Any, trained: list[Trained]) -> States:
@@ -76,7 +78,8 @@ def states_of(recipe: Any, trained: list[Trained]) -> States:
     moved = sum(chunk.nbytes for chunk in chunks)
     device = [("", largest)] * DEPTH
     if store == "cpu":
-        return States(device, host=sum(whole_pages(chunk.nbytes) for chunk in chunks), step_to_device=moved)
+        host = sum(whole_pages(chunk.nbytes) for chunk in chunks)
+        return States(device, host=host, step_to_device=moved, step_chunks=len(chunks))
     stripes = 1 if isinstance(recipe.state_store.path, str) else len(recipe.state_store.path)
     slots, used = make_slots(chunks, stripes)
     slot = max((slot.length for slot in slots), default=0)
@@ -89,6 +92,7 @@ def states_of(recipe: Any, trained: list[Trained]) -> States:
         step_read=written,
         step_written=written,
         step_to_device=moved,
+        step_chunks=len(chunks),
     )
 
 

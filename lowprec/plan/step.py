@@ -157,7 +157,7 @@ class _Accelerator:
         self._followed.begin(UPDATE)
 
     def clip_grad_norm_(self, parameters: list, max_norm: float) -> Tensor:
-        return nn.utils.clip_grad_norm_(parameters, max_norm)
+        return nn.utils.clip_grad_norm_(parameters, max_norm, foreach=True)  # as it comes of itself on CUDA
 
     def reduce(self, tensor: Tensor, reduction: str) -> Tensor:
         return tensor

@@ -2,6 +2,7 @@
 
 import json
 import subprocess
+from dataclasses import fields
 
 import pytest
 import torch
@@ -9,13 +10,14 @@ from accelerate.state import AcceleratorState
 
 from lowprec.bench import processes
 from lowprec.bench.train import limit, ours, peers, run
-from lowprec.bench.train.host import host_us_per_call
+from lowprec.bench.train.host import host_times
 from lowprec.bench.train.limit import Layer
 from lowprec.bench.train.run import bench_train
 from lowprec.bench.train.table import markdown
 from lowprec.bench.train.works import LLAMA_8B, TABLE, all_works
 from lowprec.cli import main
 from lowprec.errors import UserError
+from lowprec.machine import Machine
 
 OK = {"status": "ok", "step_ms_p50": 100.0, "step_ms_p20": 99.0, "step_ms_p80": 103.0, "tokens_per_second": 2000.0,
       "peak_gb": 5.0, "reserved_gb": 6.0, "last_loss": 1.0}  # fmt: skip
@@ -201,5 +203,7 @@ def test_the_limit_is_measured_on_a_gpu():
 
 
 def test_the_host_is_timed_by_a_step_whose_kernels_take_nothing(no_accelerator_left):
-    found, own = host_us_per_call(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
-    assert own is not None and 1 < found <= own < 10_000, "microseconds for an operator"
+    found = host_times(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    assert 1 < found["host_us"] <= found["own_host_us"] < 10_000, "microseconds for an operator"
+    assert found["replay_us"] is None or found["replay_us"] > 0
+    assert found.keys() <= {field.name for field in fields(Machine)}

@@ -134,6 +134,21 @@ def test_update_in_backward_gives_the_same_bits_and_frees_gradients(tmp_path, dt
         optimizer.close()
 
 
+@pytest.mark.parametrize("store", ["gpu", "cpu"])
+def test_states_whose_memory_is_there_before_begin_at_the_first_step(store):
+    """Not with the weights that a model had before its checkpoint was loaded."""
+    expected, _ = run(3, torch.bfloat16, master="fp32")
+    model = make_model(torch.bfloat16)
+    loaded = {name: value.clone() for name, value in model.state_dict().items()}
+    for param in model.parameters():
+        torch.nn.init.ones_(param)
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, master="fp32", state_store=store)
+    optimizer.update_in_backward()
+    assert not optimizer.state
+    model.load_state_dict(loaded)
+    assert same(train(model, optimizer, 3), expected)
+
+
 def test_update_in_backward_gives_the_gradient_norm_and_stops_at_a_bad_gradient():
     model, other = make_model(), make_model()
     optimizer = AdamW(model.named_parameters(), lr=1e-2)

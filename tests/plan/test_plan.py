@@ -202,6 +202,46 @@ def test_own_operators_take_the_host_longer(folder):
     assert host_ms(1010.0) - host_ms(None) < own / 20, "in 16 bits the loss alone is computed by one"
 
 
+def test_a_replayed_layer_takes_the_host_once_a_pass(folder):
+    keys = [f"model.model_name_or_path={folder}", "data.path=some", "train.gradient_accumulation_steps=3"]
+    recipe, _ = resolve("lora", [*keys, "train.cuda_graphs=true"])
+
+    def host_ms(**host):
+        machine = replace(named_card("H100"), host_us=10.0, **host)
+        return Planner(tiny_model("llama", num_hidden_layers=7).config, machine).predict(recipe).time.host_ms
+
+    passes = 3 * 7 * 2
+    assert host_ms(replay_us=1040.0) - host_ms() == pytest.approx(passes), "four operators where it is not measured"
+    assert host_ms(replay_us=0.0) > 0, "what is outside the layers"
+
+
+def test_states_in_host_memory_take_the_host_by_the_chunk(folder):
+    def host_ms(store, host_us):
+        recipe, _ = resolve("full", [f"model.model_name_or_path={folder}", "data.path=some", f"state_store={store}"])
+        return Planner(tiny_model("llama").config, replace(named_card("H100"), host_us=host_us)).predict(recipe)
+
+    beside, away = host_ms("gpu", 1000.0), host_ms("cpu", 1000.0)
+    chunks = away.states.step_chunks
+    assert chunks > 0 == beside.states.step_chunks
+    assert away.time.host_ms - beside.time.host_ms == pytest.approx(10 * chunks)
+    assert away.time.total_ms - beside.time.total_ms == pytest.approx(10 * chunks - beside.time.update_ms)
+
+
+def test_clipping_reads_the_gradients_of_all_layers(folder):
+    def traffic_ms(max_grad_norm, layers):
+        keys = f"data.path=some model.model_name_or_path={folder} train.max_grad_norm={max_grad_norm}".split()
+        recipe, _ = resolve("full", [*keys, "train.gradient_accumulation_steps=2"])
+        model = tiny_model("llama", num_hidden_layers=layers)
+        time = Planner(model.config, replace(named_card("H100"), launch_us=0.0)).predict(recipe).time
+        return time.traffic_ms, 2 * sum(p.numel() for p in model.parameters())  # in bf16
+
+    found = {n: (traffic_ms("null", n), traffic_ms(1.0, n)) for n in (9, 20)}
+    more = found[20][0][1] - found[9][0][1]
+    costs = [clipped - plain for (plain, _), (clipped, _) in found.values()]
+    scaled = 2 * more / named_card("H100").memory_gb_per_s / 1e6
+    assert costs[1] - costs[0] == pytest.approx(scaled, rel=0.01), "the norm is taken either way"
+
+
 def test_schemes_that_measure_are_predicted(folder):
     answer = planned(folder, "lora", "weights=auto").to_dict()
     assert sum(answer["layers"].values()) == 7 * 7 + 1
@@ -339,7 +379,7 @@ def test_staging_buffers_are_as_large_as_the_store_makes_them():
     """Few states are cut into smaller chunks, since the GPU holds four."""
     overrides = ["model.model_name_or_path=x/y", "data.path=x", "state_store=cpu"]
     recipe, _ = resolve("lora", overrides)
-    for numel, chunk in ((1000, 8192), (2**20, 2**20), (2**24, 2**21), (2**28, 2**23)):
+    for numel, chunk in ((1000, 8192), (2**20, 2**20), (2**24, 2**21), (2**30, 2**25)):
         states = states_of(recipe, [Trained("w", numel, torch.float32)])
         assert states.device == [("", chunk)] * 4
     model = tiny_model("llama")

@@ -1,7 +1,7 @@
-"""How long this host takes for one operator of a training step: of steps so small that their kernels take no time."""
+"""How long this host takes for what a training step launches: of steps so small that their kernels take no time."""
 
 import tempfile
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
@@ -22,25 +22,46 @@ SMALL = Work(
 
 OWN = replace(SMALL, overrides=("weights=int8_hadamard", *SMALL.overrides[1:]))
 """The same over 8-bit codes, with a cast and a product of lowprec's for each layer."""
+REPLAYED = replace(SMALL, overrides=(*SMALL.overrides[:-1], "train.cuda_graphs=true"))
+"""The same with its layers replayed as CUDA graphs."""
 
 
-def host_us_per_call(device: torch.device) -> tuple[float, float | None]:
-    """Microseconds of a step for each operator that ``lowprec plan`` counts in it: PyTorch's, and lowprec's own, which
-    take what PyTorch's leave of a step that has both. None for these on cards before capability 8.0, which run none."""
-    step_us, calls, _ = _step(SMALL, device)
-    host_us = step_us / calls
-    if device.type == "cuda" and no_triton(device) is not None:
-        return host_us, None
-    step_us, calls, own_calls = _step(OWN, device)
-    return host_us, max((step_us - (calls - own_calls) * host_us) / own_calls, host_us)
+def host_times(device: torch.device) -> dict[str, float | None]:
+    """What ``lowprec plan`` counts with, by the names of ``Machine``'s fields. lowprec's own operators take what
+    PyTorch's leave of a step that has both, and replays what the rest of a step leaves that has them. None for what
+    this device does not run: Triton's kernels come with capability 8.0, graphs with CUDA."""
+    plain = _step(SMALL, device)
+    host_us = plain.us / plain.calls
+    own_us = replay_us = None
+    if device.type != "cuda" or no_triton(device) is None:
+        coded = _step(OWN, device)
+        own_us = max((coded.us - (coded.calls - coded.own_calls) * host_us) / coded.own_calls, host_us)
+    if device.type == "cuda":
+        replayed = _step(REPLAYED, device)
+        outside = replayed.calls - replayed.calls_in_layers
+        replay_us = max(replayed.us - outside * host_us, 0.0) / replayed.passes
+    return {"host_us": host_us, "own_host_us": own_us, "replay_us": replay_us}
 
 
-def _step(work: Work, device: torch.device) -> tuple[float, int, int]:
-    """Microseconds, operators, and those of lowprec among them."""
+@dataclass(frozen=True, slots=True)
+class _Step:
+    us: float
+    calls: int
+    """Operators that a plan counts."""
+    own_calls: int
+    """Of them, lowprec's."""
+    calls_in_layers: int
+    passes: int
+    """Of layers, forward and backward."""
+
+
+def _step(work: Work, device: torch.device) -> _Step:
     with tempfile.TemporaryDirectory() as folder:
         figures = run(work, Path(folder), device)
         recipe = recipe_of(work, Path(folder), device)
     # The card matters to memory alone.
     traced = TracedRecipe(recipe, AutoConfig.for_model(**work.shape), named_card("H100"))
-    runs = traced.trace(work.batch, work.length).runs
-    return 1e3 * figures["step_ms_p50"], sum(part.calls for part in runs), sum(part.own_calls for part in runs)
+    runs = [part for part in traced.trace(work.batch, work.length).runs if part.calls]
+    inside = [part.calls for part in runs if part.layer is not None]
+    calls, own_calls = sum(part.calls for part in runs), sum(part.own_calls for part in runs)
+    return _Step(1e3 * figures["step_ms_p50"], calls, own_calls, sum(inside), len(inside))
