@@ -102,7 +102,7 @@ class Recorded:
         self._forward: Replay
         self._backward: Replay
         self._gradients: Left
-        with torch.no_grad():
+        with torch.no_grad(), torch.autograd.set_multithreading_enabled(False):  # as training's backward
             self._forward, results = recorder.record(forward)
             self._backward, self._gradients = recorder.record(backward)
         self._y = None if recompute else results[0]

@@ -37,9 +37,10 @@ class MemoryStore:
         self.notes: list[str] = []
 
     def reserve(self) -> None:
-        """Take the memory of all chunks now, so that it lies together; their states begin at the first read."""
-        missing = [chunk for chunk in self.chunks if chunk.index not in self._buffers]
-        self._reserved = {chunk.index: self._allocate(chunk) for chunk in missing}
+        """The states themselves begin at the first read, with the weights that there are then."""
+        for chunk in self.chunks:
+            if chunk.index not in self._buffers | self._reserved:
+                self._reserved[chunk.index] = self._allocate(chunk)
 
     def prefetch(self, order: Sequence[Chunk]) -> None:
         """Nothing to do: the states are here."""

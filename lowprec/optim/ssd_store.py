@@ -122,6 +122,9 @@ class SsdStore:
 
     # Reading ahead ----------------------------------------------------------------------------------------------------
 
+    def reserve(self) -> None:
+        """Nothing to do: buffers and files are there."""
+
     def prefetch(self, order: Sequence[Chunk]) -> None:
         with self._changed:
             soon = {chunk.index for chunk in order[: self._num_buffers]}

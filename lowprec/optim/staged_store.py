@@ -35,6 +35,9 @@ class StagedStore:
         self._device = torch.cuda.current_device() if device.index is None else device.index
         self._up, self._down = torch.cuda.Stream(device), torch.cuda.Stream(device)
 
+    def reserve(self) -> None:
+        self.host.reserve()
+
     def prefetch(self, order: Sequence[Chunk]) -> None:
         self.host.prefetch(order)
 

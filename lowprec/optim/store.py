@@ -26,6 +26,10 @@ class StateStore(Protocol):
     @property
     def traffic(self) -> Traffic | None: ...
 
+    def reserve(self) -> None:
+        """Take all memory now that the states will lie in."""
+        ...
+
     def prefetch(self, order: Sequence[Chunk]) -> None:
         """Announce the chunks that will be read next, in that order; a store that reads ahead begins now."""
         ...

@@ -13,8 +13,6 @@ from lowprec.plan.tracker import BACKWARD, FORWARD, LOSS, Tracker
 CUBLAS_WORKSPACE = {9: 4096 * 8 * 1024}
 """First number of the compute capability -> bytes; others 4096 * 2 + 16 * 8 KiB (ATen/cuda/CublasHandlePool.cpp)."""
 CUBLAS_WORKSPACE_OTHER = (4096 * 2 + 16 * 8) * 1024
-CUBLAS_HANDLES = 2
-"""One for the thread of forward, one for autograd's; each keeps its workspace from PyTorch's allocator."""
 
 GRADIENT = ".grad"
 
@@ -32,6 +30,8 @@ class Followed:
     num_layers: int
     vocab_size: int | None
     capability: tuple[int, int] = (9, 0)
+    cublas_handles: int = 1
+    """Each keeps its workspace from PyTorch's allocator. A loop that leaves backward to autograd's thread has a second."""
     prefix: str = field(init=False, default="")
     tracker: Tracker = field(init=False)
 
@@ -85,7 +85,7 @@ class Followed:
         self.begin(STILL)
         for buffer in buffers:
             self.tracker.hold(buffer, "workspace")
-        for _ in range(CUBLAS_HANDLES):
+        for _ in range(self.cublas_handles):
             self.tracker.reserve(cublas_workspace(self.capability), "workspace")
 
     def _mark_gradient(self, parameter: Tensor) -> None:

@@ -2,7 +2,7 @@
 
 What a layer needs while it runs lies in a pool of the graphs' own, which nothing else can use between replays. With
 ``none``, so does what it keeps for backward, and that stays there for good. Beside the pool there are two places for a
-layer's input and gradient, and cuBLAS has its workspaces for one more stream.
+layer's input and gradient, and cuBLAS has a workspace for one more stream.
 """
 
 from collections.abc import Sequence
@@ -22,7 +22,7 @@ def in_graphs(recipe: Recipe) -> bool:
 
 
 def with_graphs(
-    events: Sequence[Event], *, recompute: bool, hidden: int, workspaces: int, expandable: bool
+    events: Sequence[Event], *, recompute: bool, hidden: int, workspace: int, expandable: bool
 ) -> tuple[Peak, int]:
     """The peak of a step and what the allocator reserves, in bytes.
 
@@ -30,10 +30,10 @@ def with_graphs(
         events: of a step as it is without graphs.
         recompute: whether layers are computed again in backward.
         hidden: bytes of a layer's input.
-        workspaces: bytes of those of cuBLAS for one stream.
+        workspace: bytes of that of cuBLAS for one stream.
     """
     main, pool = _apart(events, recompute)
-    beside = 2 * hidden + workspaces
+    beside = 2 * hidden + workspace
     reserved = [CachingAllocator(expandable=expandable).replay(part) for part in (main, pool)]
     kept = sum(rounded(e.nbytes) * (1 if e.comes else -1) for e in pool)  # all else in it goes where it came
     # Layers are recorded one by one in a forward pass, when no gradient is there: not more than backward holds.

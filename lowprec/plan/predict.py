@@ -15,7 +15,7 @@ from lowprec.model import AUTO, Model, load_config
 from lowprec.model_source import ModelSource, resolve_source
 from lowprec.optim.options import AdamWOptions
 from lowprec.plan.allocator import CachingAllocator
-from lowprec.plan.follow import CUBLAS_HANDLES, cublas_workspace
+from lowprec.plan.follow import cublas_workspace
 from lowprec.plan.graphs import in_graphs, with_graphs
 from lowprec.plan.ledger import Peak, peak_of
 from lowprec.plan.model import of_template, period_of
@@ -31,8 +31,8 @@ UNKNOWN_CARD = "RTX 4060"
 """Whose kernels are assumed where no card is known: its generation decides between kernels, not its size."""
 
 CALLS_IN_BACKWARD = 2
-"""Kernels that an update in backward launches for each parameter: the gradient's norm, and the update. One that comes
-after backward launches the parameters together."""
+"""Kernels that an update in backward launches for each parameter: the gradient's norm, and the update, unless states
+come by the chunk. One that comes after backward launches the parameters together."""
 
 NOT_TRACED = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "seed",
@@ -216,7 +216,7 @@ class Planner:
             events,
             recompute=recipe.train.gradient_checkpointing != "none",
             hidden=tokens * self.config.get_text_config().hidden_size * recipe.model.torch_dtype.itemsize,
-            workspaces=CUBLAS_HANDLES * cublas_workspace(self._card.capability),
+            workspace=cublas_workspace(self._card.capability),
             expandable=expandable,
         )
 
@@ -247,7 +247,7 @@ class Planner:
                 offloaded_bytes=found.offloaded_bytes * self._depth / traced.num_layers,
                 gradient_bytes=gradients,
                 in_graphs=in_graphs(recipe),
-                update_calls=CALLS_IN_BACKWARD * len(trained) if in_backward else 0,
+                update_calls=(CALLS_IN_BACKWARD - bool(states.step_chunks)) * len(trained) if in_backward else 0,
             )
             tokens = rows * length * accumulated / time.total_ms * 1e3
             joules = None if self.machine.power_w is None else self.machine.power_w * time.total_ms / 1e3

@@ -18,7 +18,7 @@ from lowprec.plan.run import find_machine
 from lowprec.plan.states import Trained, states_of
 from lowprec.train.resume import stored_division
 from lowprec.train.state import random_state, set_random_state
-from lowprec.train.step import loss_sum
+from lowprec.train.step import backward, loss_sum
 
 MARGIN = 0.02
 """Share of the memory that this process may take that is kept free: batches to come are cut otherwise and fragment
@@ -174,7 +174,7 @@ def _fits(
             inputs = loader.longest(size)
             for _ in range(2 if accumulates else 1):
                 loss = loss_sum(model, inputs) / inputs["labels"].numel()
-                accelerator.backward(loss)
+                backward(accelerator, loss)
             if device.type == "cuda":
                 torch.cuda.synchronize(device)
         return True

@@ -202,8 +202,8 @@ def test_the_limit_is_measured_on_a_gpu():
     assert found["tokens_per_second"] > 0 and found["rates"] and torch.cuda.is_available()
 
 
-def test_the_host_is_timed_by_a_step_whose_kernels_take_nothing(no_accelerator_left):
+def test_the_host_is_timed_by_steps_that_it_launches(no_accelerator_left):
     found = host_times(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert 1 < found["host_us"] <= found["own_host_us"] < 10_000, "microseconds for an operator"
-    assert found["replay_us"] is None or found["replay_us"] > 0
+    assert (found["replay_us"] is not None) == torch.cuda.is_available()
     assert found.keys() <= {field.name for field in fields(Machine)}

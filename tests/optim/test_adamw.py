@@ -142,11 +142,21 @@ def test_states_whose_memory_is_there_before_begin_at_the_first_step(store):
     loaded = {name: value.clone() for name, value in model.state_dict().items()}
     for param in model.parameters():
         torch.nn.init.ones_(param)
-    optimizer = AdamW(model.named_parameters(), lr=1e-2, master="fp32", state_store=store)
+    small = {} if store == "gpu" else {"chunk_bytes": 20_000}
+    optimizer = AdamW(model.named_parameters(), lr=1e-2, master="fp32", state_store=store, **small)
+    buffers = _watch_allocations(optimizer)
     optimizer.update_in_backward()
-    assert not optimizer.state
+    assert len(buffers) == len(optimizer._store.chunks) > 1 and not optimizer.state
     model.load_state_dict(loaded)
     assert same(train(model, optimizer, 3), expected)
+    assert len(buffers) == len(optimizer._store.chunks), "the states lie in them"
+
+
+def _watch_allocations(optimizer):
+    """A list that grows with the buffers that the optimizer's store takes."""
+    allocate, taken = optimizer._store._allocate, []
+    optimizer._store._allocate = lambda chunk: taken.append(allocate(chunk)) or taken[-1]
+    return taken
 
 
 def test_update_in_backward_gives_the_gradient_norm_and_stops_at_a_bad_gradient():

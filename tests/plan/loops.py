@@ -37,7 +37,7 @@ def traced(
         model = prepare(AutoModelForCausalLM.from_config(config, dtype=dtype)).train()
         model.config.use_cache = False
         states = [(name, n) for name, p in model.named_parameters() if p.requires_grad for n in state_bytes(p)]
-        followed = Followed(model, config.num_hidden_layers, config.vocab_size, (9, 0))
+        followed = Followed(model, config.num_hidden_layers, config.vocab_size, (9, 0), cublas_handles=2)
         if frees_gradients:
             for parameter in model.parameters():
                 parameter.register_post_accumulate_grad_hook(_free)

@@ -31,7 +31,7 @@ def both(phase: str, name: str, kind: str, in_layer: bool, run: int, size: int) 
 
 @pytest.mark.parametrize("recompute", [True, False])
 def test_the_pool_is_the_layers_own(recompute):
-    peak, reserved = with_graphs(step(), recompute=recompute, hidden=INPUT, workspaces=8 * MIB, expandable=True)
+    peak, reserved = with_graphs(step(), recompute=recompute, hidden=INPUT, workspace=8 * MIB, expandable=True)
     beside = 2 * INPUT + 8 * MIB
     assert peak.allocated == WEIGHTS + 2 * INPUT + HEAD + beside, "the loss holds most"
     # Recorded layers give their temporaries back; what `none` keeps stays when all of it is used.

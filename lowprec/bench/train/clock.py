@@ -15,6 +15,8 @@ class Timing:
     step_ms_p50: float
     step_ms_p20: float
     step_ms_p80: float
+    host_ms_p50: float
+    """Until the host has launched a step on a device that had nothing to do."""
     tokens_per_second: float
     peak_gb: float | None
     """Allocated, warm-up included; None without a GPU."""
@@ -37,11 +39,12 @@ def time_steps(step: Callable[[], torch.Tensor], tokens: int, warmup: int, timed
     if cuda:
         torch.cuda.empty_cache()  # what building the model left is not the step's
         torch.cuda.reset_peak_memory_stats(device)
-    seconds, loss = [], torch.zeros(())
+    seconds, host_seconds, loss = [], [], torch.zeros(())
     for _ in range(warmup + timed):
         wait()
         begin = time.perf_counter()
         loss = step()
+        host_seconds.append(time.perf_counter() - begin)
         wait()
         seconds.append(time.perf_counter() - begin)
     last = sorted(1e3 * s for s in seconds[warmup:])
@@ -50,6 +53,7 @@ def time_steps(step: Callable[[], torch.Tensor], tokens: int, warmup: int, timed
         step_ms_p50=round(median, 3),
         step_ms_p20=round(last[int(0.2 * (len(last) - 1))], 3),
         step_ms_p80=round(last[int(0.8 * (len(last) - 1))], 3),
+        host_ms_p50=round(1e3 * statistics.median(host_seconds[warmup:]), 3),
         tokens_per_second=round(tokens / median * 1e3, 1),
         peak_gb=round(torch.cuda.max_memory_allocated(device) / 1e9, 3) if cuda else None,
         reserved_gb=round(torch.cuda.max_memory_reserved(device) / 1e9, 3) if cuda else None,
