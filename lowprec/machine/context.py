@@ -65,15 +65,18 @@ def own_context(device: torch.device) -> Context:
     return settle(None if counted is None else counted - reserved, total - free - reserved)
 
 
-def fresh_context(device: torch.device) -> Context:
+def fresh_context(device: torch.device, begun: "FreshProcess | None" = None) -> Context:
     """Of a process that has just started, cuBLAS loaded.
+
+    Args:
+        begun: a process that was started earlier, since importing PyTorch takes it seconds.
 
     Raises:
         UserError: the device takes no second process.
     """
-    found = _of_a_child(device)
+    found = (begun or FreshProcess(device)).context()
     for _ in range(TRIES - 1):
-        found = _of_a_child(device) if found.assumed else found
+        found = FreshProcess(device).context() if found.assumed else found
     return found
 
 
@@ -101,22 +104,44 @@ sys.stdin.readline()
 """Importing takes seconds, in which others may come and go: what is free is read when that is over."""
 
 
-def _of_a_child(device: torch.device) -> Context:
-    index = torch.cuda.current_device() if device.index is None else device.index
-    command = [sys.executable, "-c", _CHILD, f"cuda:{index}"]
-    pipe = subprocess.PIPE
-    child = subprocess.Popen(command, stdin=pipe, stdout=pipe, stderr=subprocess.DEVNULL, text=True)
-    assert child.stdin is not None and child.stdout is not None
-    try:
-        child.stdout.readline()
-        before = torch.cuda.mem_get_info(device)[0]
-        child.stdin.write("\n")
-        child.stdin.flush()
-        reserved = child.stdout.readline()
-        if not reserved:
-            raise UserError("A second process cannot use the GPU beside this one: is it in exclusive mode?")
-        missing = before - torch.cuda.mem_get_info(device)[0] - int(reserved)
-        counted = process_bytes(device, child.pid)
-        return settle(None if counted is None else counted - int(reserved), missing)
-    finally:
-        child.communicate("\n")
+class FreshProcess:
+    """A process that waits, with PyTorch imported, to use the device as little as a process can."""
+
+    def __init__(self, device: torch.device) -> None:
+        self._device = device
+        index = torch.cuda.current_device() if device.index is None else device.index
+        pipe = subprocess.PIPE
+        self._child = subprocess.Popen(
+            [sys.executable, "-c", _CHILD, f"cuda:{index}"],
+            stdin=pipe,
+            stdout=pipe,
+            stderr=subprocess.DEVNULL,
+            text=True,
+        )
+
+    def context(self) -> Context:
+        """Let it go on, and end it.
+
+        Raises:
+            UserError: the device takes no second process.
+        """
+        child, device = self._child, self._device
+        assert child.stdin is not None and child.stdout is not None
+        try:
+            child.stdout.readline()
+            before = torch.cuda.mem_get_info(device)[0]
+            child.stdin.write("\n")
+            child.stdin.flush()
+            reserved = child.stdout.readline()
+            if not reserved:
+                raise UserError("A second process cannot use the GPU beside this one: is it in exclusive mode?")
+            missing = before - torch.cuda.mem_get_info(device)[0] - int(reserved)
+            counted = process_bytes(device, child.pid)
+            return settle(None if counted is None else counted - int(reserved), missing)
+        finally:
+            child.communicate("\n")
+
+    def close(self) -> None:
+        """End it, whether it was asked or not."""
+        self._child.kill()
+        self._child.communicate()

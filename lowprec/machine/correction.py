@@ -90,31 +90,53 @@ def validate(kind: str, samples: Sequence[Sample], rates: Rates) -> Validation:
 
 
 def _held_out_errors(points: np.ndarray, target: np.ndarray, folds: np.ndarray) -> np.ndarray:
+    kernels, everything = _kernels(points), np.arange(len(points))
     errors = np.empty_like(target)
     for fold in np.unique(folds):
-        held = folds == fold
-        model = _fit(points[~held], target[~held], folds[~held])
-        errors[held] = np.abs(np.expm1(model._log(points[held]) - target[held]))
+        held, rest = everything[folds == fold], everything[folds != fold]
+        length, noise = _best(kernels, target, folds, rest)
+        errors[held] = np.abs(np.expm1(_predicted(kernels[length], target, rest, held, noise) - target[held]))
     return errors
 
 
 def _fit(points: np.ndarray, target: np.ndarray, folds: np.ndarray) -> Correction:
+    kernels, everything = _kernels(points), np.arange(len(points))
+    length, noise = _best(kernels, target, folds, everything)
+    return Correction(points, _weights(kernels[length], target, everything, noise), float(np.median(target)), length)
+
+
+def _best(
+    kernels: dict[float, np.ndarray], target: np.ndarray, folds: np.ndarray, given: np.ndarray
+) -> tuple[float, float]:
+    """The setting with the least error on products held out by fold of those that are ``given`` (their numbers)."""
+
     def error(setting: tuple[float, float]) -> float:
+        length, noise = setting
         errors = []
-        for fold in np.unique(folds):
-            held = folds == fold
-            if held.all():
+        for fold in np.unique(folds[given]):
+            held, rest = given[folds[given] == fold], given[folds[given] != fold]
+            if not len(rest):
                 return 0.0
-            errors.append(np.abs(_solve(points[~held], target[~held], *setting)._log(points[held]) - target[held]))
+            errors.append(np.abs(_predicted(kernels[length], target, rest, held, noise) - target[held]))
         return float(np.median(np.concatenate(errors)))
 
-    return _solve(points, target, *min(product(LENGTHS, NOISES), key=error))
+    return min(product(LENGTHS, NOISES), key=error)
 
 
-def _solve(points: np.ndarray, target: np.ndarray, length: float, noise: float) -> Correction:
-    mean = float(np.median(target))
-    kernel = _kernel(points, points, length) + noise * np.eye(len(points))
-    return Correction(points, np.linalg.solve(kernel, target - mean), mean, length)
+def _predicted(
+    kernel: np.ndarray, target: np.ndarray, given: np.ndarray, wanted: np.ndarray, noise: float
+) -> np.ndarray:
+    return np.median(target[given]) + kernel[np.ix_(wanted, given)] @ _weights(kernel, target, given, noise)
+
+
+def _weights(kernel: np.ndarray, target: np.ndarray, given: np.ndarray, noise: float) -> np.ndarray:
+    chosen = target[given]
+    return np.linalg.solve(kernel[np.ix_(given, given)] + noise * np.eye(len(given)), chosen - np.median(chosen))
+
+
+def _kernels(points: np.ndarray) -> dict[float, np.ndarray]:
+    """Of all measured products, by length: the five hundred fits of a validation take parts of them."""
+    return {length: _kernel(points, points, length) for length in LENGTHS}
 
 
 def _kernel(a: np.ndarray, b: np.ndarray, length: float) -> np.ndarray:

@@ -49,8 +49,8 @@ class Machine:
     own_host_us: float | None = None
     """The same for one of lowprec's operators, whose kernels Triton launches; None: as for any."""
     replay_us: float | None = None
-    """What it takes to replay one pass of a decoder layer as a CUDA graph, with what follows for the layer's parameters:
-    clipping and the update, or the sum of gradients. None: as for four operators."""
+    """What it takes to replay one pass of a decoder layer as a CUDA graph, with what follows for the layer's parameters
+    (clipping and the update, or the sum of gradients). None: as for four operators."""
     assumed: tuple[str, ...] = ()
     """Names of the fields that are assumptions about a typical machine, neither measured nor in a datasheet."""
     corrections: Mapping[str, Correction] = field(default_factory=dict, repr=False)

@@ -12,7 +12,7 @@ import torch
 
 from lowprec.bench import ssd
 from lowprec.errors import UserError
-from lowprec.machine.context import fresh_context
+from lowprec.machine.context import FreshProcess, fresh_context
 from lowprec.machine.correction import Sample, fit, validate
 from lowprec.machine.energy import nvml_handle
 from lowprec.machine.machine import KINDS, Machine
@@ -22,7 +22,7 @@ from lowprec.machine.shapes import Shape, designed_shapes
 from lowprec.machine.timing import copy_bandwidth, graph_milliseconds, link_bandwidth, milliseconds
 from lowprec.optim.disk import GIB, HostMemory
 
-SECONDS = 40.0
+SECONDS = 24.0
 MAX_PRODUCTS = 140
 """Of one kind: more would make the fit no better, and slower."""
 MIN_PRODUCTS = 24
@@ -39,7 +39,8 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
     """Measure products, memory, links and the disk under ``folder``.
 
     Args:
-        seconds: for products and disk; CUDA's start, the links and the fit take up to half a minute more.
+        seconds: for products and disk; CUDA's start, kernels that are compiled, the links and the fit take up to half a
+            minute more.
 
     Raises:
         UserError: the disk has no room for the test file, or a run holds the folder.
@@ -47,11 +48,16 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     gpu = device.type == "cuda"
     progress("disk", 0.0)
-    disk, direct = ssd.quick(folder, seconds / 6, min(1.0, seconds / 30))
+    fresh = FreshProcess(device) if gpu else None  # imports PyTorch meanwhile
+    try:
+        disk, direct = ssd.quick(folder, seconds / 6, min(1.0, seconds / 30))
+        context = fresh_context(device, fresh) if gpu else None
+    finally:
+        if fresh is not None:
+            fresh.close()
     progress("memory and links", 0.15)
     memory = copy_bandwidth(min(2 * GIB if gpu else GIB // 2, _free_bytes(device) // 4), device)
     h2d, d2h = link_bandwidth(GIB // 2, device) if gpu else (memory, memory)
-    context = fresh_context(device) if gpu else None
     pinned = pinned_gib() if gpu else None
     refused = {kind: why for kind in KINDS if (why := _why_not(kind, device)) is not None}
     kinds = [kind for kind in KINDS if kind not in refused]
@@ -220,7 +226,7 @@ def _power_w(device: torch.device) -> float | None:
         return None
 
 
-def pinned_gib(most_gib: float = 8.0) -> float:
+def pinned_gib(most_gib: float = 4.0) -> float:
     """The largest power of two of GiB that can be pinned, up to ``most_gib`` and half the free memory."""
     pinned, size = 0.0, 0.5
     while size <= min(most_gib, psutil.virtual_memory().available / GIB / 2):

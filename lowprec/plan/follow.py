@@ -31,7 +31,7 @@ class Followed:
     vocab_size: int | None
     capability: tuple[int, int] = (9, 0)
     cublas_handles: int = 1
-    """Each keeps its workspace from PyTorch's allocator. A loop that leaves backward to autograd's thread has a second."""
+    """Each keeps its workspace from PyTorch's allocator. A loop that leaves backward to autograd's thread has two."""
     prefix: str = field(init=False, default="")
     tracker: Tracker = field(init=False)
 

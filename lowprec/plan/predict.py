@@ -181,7 +181,8 @@ class Planner:
             config = of_template(self.config, self._template) if few else self.config
             self._traced[key] = TracedRecipe(recipe, config, self._card)
         traced = self._traced[key]
-        tape: Tape | Stretched = traced.trace(rows, length, recipe)
+        trained = _all_layers(traced, self._template) if few else traced.trained
+        tape: Tape | Stretched = traced.trace(rows, length, recipe, trained)
         try:
             if few:
                 if self._template.period > 1 and not traced.has_like_layers:

@@ -96,18 +96,23 @@ class TracedRecipe:
         outside, inside = self._loaded
         return outside + inside * num_layers // self.num_layers
 
-    def trace(self, rows: int, length: int, recipe: Recipe | None = None) -> Tape:
+    def trace(
+        self, rows: int, length: int, recipe: Recipe | None = None, all_trained: list[Trained] | None = None
+    ) -> Tape:
         """The last micro-batch and the update of the second optimizer step (the first one makes the states).
 
         Args:
             rows, length: of the micro-batch; no token is padding, and all of them are trained. With 0 rows no step is
                 taken, and the tape holds what is there before one.
             recipe: whose optimizer's states there are, where it is another one that steps alike.
+            all_trained: of all layers of a deeper model, whose states decide how large the buffers of a store are.
 
         Raises:
             UserError: a parameter cannot have states of that format.
         """
-        states = states_of(recipe or self.recipe, self.trained).device
+        recipe = recipe or self.recipe
+        states = [state for state in states_of(recipe, self.trained).device if state[0]]
+        states += [state for state in states_of(recipe, all_trained or self.trained).device if not state[0]]
         if (rows, length) not in self._known:
             self._known[rows, length] = self._trace(rows, length), sum(f.sent_bytes for f in self._offloads)
         tape, self.offloaded_bytes = self._known[rows, length]

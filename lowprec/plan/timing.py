@@ -101,6 +101,8 @@ def step_time(
     away = max(link, disk, update)
     if in_backward and states.step_to_device:
         total = max(device, host + staging, sent, away)
-    else:
+    elif states.step_to_device:
         total = max(device, host, sent) + max(away, staging)
+    else:
+        total = max(device + update, host, sent)
     return StepTime(products, traffic, host + staging, update, link + 2 * sent + fetched, disk, total)

@@ -52,8 +52,8 @@ def loss_sum(model: nn.Module, inputs: Inputs) -> torch.Tensor:
 
 
 def backward(accelerator: Accelerator, loss: torch.Tensor) -> None:
-    """Backward in the caller's thread. In one of autograd's own it took the host longer (135M, 1 x 512, layers replayed,
-    H100: 15.5 ms a step, and 13.5 so), and cuBLAS kept a workspace for that one, too, 32 MiB on Hopper."""
+    """Backward in the caller's thread. In one of autograd's own it took the host longer (135M, 1 x 512, layers
+    replayed, H100: 15.5 ms a step, and 13.5 so), and cuBLAS kept a workspace for that one, too, 32 MiB on Hopper."""
     with torch.autograd.set_multithreading_enabled(False):
         accelerator.backward(loss)
 

@@ -38,8 +38,8 @@ def random_model(shape: dict[str, Any], dtype: torch.dtype, device: torch.device
     return model
 
 
-def run(work: Work, folder: Path, device: torch.device) -> dict:
-    """Figures of one work, and what was converted, fused and kept."""
+def run(work: Work, folder: Path, device: torch.device, closely: bool = True) -> dict:
+    """Figures of one work, and what was converted, fused and kept; ``closely``: with the time of kernels by kind."""
     from transformers import AutoConfig
 
     recipe = recipe_of(work, folder, device)
@@ -76,14 +76,16 @@ def run(work: Work, folder: Path, device: torch.device) -> dict:
     try:
         cap_memory(work.cap_gib, device)
         timing = time_steps(lambda: step(batch, stop=False).values[0], work.tokens, work.warmup, work.timed, device)
-        with traced(device, None) as watched:
-            step(batch, stop=False)
+        watched = None
+        if closely:
+            with traced(device, None) as watched:
+                step(batch, stop=False)
     finally:
         if isinstance(optimizer, AdamW):
             optimizer.close()
         unpin_tables(model)
     kernels = sorted({f"{row.scheme}: {row.kernel}" for row in layers.rows})
-    parts = {kind: round(share * watched.total_ms, 3) for kind, share in watched.shares.items()}
+    parts = {kind: round(share * watched.total_ms, 3) for kind, share in watched.shares.items()} if watched else None
     facts = {
         "kernel_ms": parts,
         "layers": layers.counts(),
