@@ -59,7 +59,7 @@ class LayerGraphs:
         self.seconds = 0.0
         self.layers: list[GraphedLayer] = []
         """In the order of the model."""
-        self.lends_gradients = False
+        self.lends_gradient: Callable[[torch.Tensor], bool] | None = None
         """Whether a parameter's hooks use up its gradient, which then is not copied from where the graph leaves it."""
         self._flows: dict[Any, Flow] = {}
         self._signatures: dict[Any, int] = {}

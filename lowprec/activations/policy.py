@@ -53,7 +53,7 @@ class Activations:
         """Let the optimizer update in backward, from gradients that are not copied where it uses them up at once."""
         optimizer.update_in_backward()
         if self.graphs is not None:
-            self.graphs.lends_gradients = optimizer.uses_gradients_at_once and not self.graphs.shares_parameters
+            self.graphs.lends_gradient = None if self.graphs.shares_parameters else optimizer.uses_gradient_at_once
 
     @property
     def recording_s(self) -> float:

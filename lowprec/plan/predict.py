@@ -13,6 +13,7 @@ from lowprec.errors import UserError
 from lowprec.machine import Machine, named_card
 from lowprec.model import AUTO, Model, load_config
 from lowprec.model_source import ModelSource, resolve_source
+from lowprec.optim.backward import SMALL, TOGETHER
 from lowprec.optim.options import AdamWOptions
 from lowprec.plan.allocator import CachingAllocator
 from lowprec.plan.follow import cublas_workspace
@@ -30,9 +31,9 @@ PARTS = (*KINDS, "slack", "context")
 UNKNOWN_CARD = "RTX 4060"
 """Whose kernels are assumed where no card is known: its generation decides between kernels, not its size."""
 
-CALLS_IN_BACKWARD = 2
-"""Kernels that an update in backward launches for each parameter: the gradient's norm, and the update, unless states
-come by the chunk. One that comes after backward launches the parameters together."""
+CALLS_TOGETHER = 6
+"""Of an update in backward of many small parameters: their norms, copied to their places, put together and looked at;
+and the update, with its table. One that comes after backward updates all of them so."""
 
 NOT_TRACED = (
     "output_dir", "max_steps", "num_train_epochs", "per_device_train_batch_size", "per_device_eval_batch_size", "seed",
@@ -248,7 +249,8 @@ class Planner:
                 offloaded_bytes=found.offloaded_bytes * self._depth / traced.num_layers,
                 gradient_bytes=gradients,
                 in_graphs=in_graphs(recipe),
-                update_calls=(CALLS_IN_BACKWARD - bool(states.step_chunks)) * len(trained) if in_backward else 0,
+                selective=recipe.train.gradient_checkpointing == "selective",
+                update_calls=_calls_in_backward(trained, states) if in_backward else 0,
             )
             tokens = rows * length * accumulated / time.total_ms * 1e3
             joules = None if self.machine.power_w is None else self.machine.power_w * time.total_ms / 1e3
@@ -268,6 +270,14 @@ class Planner:
             energy_j=joules,
             schemes={name: _stretched_count(count, scale, traced.num_layers) for name, count in counts.items()},
         )
+
+
+def _calls_in_backward(trained: list[Trained], states: States) -> int:
+    """What updates in backward launch: a norm for each parameter, and an update, unless states come by the chunk."""
+    if states.step_chunks:
+        return len(trained)
+    small = [parameter.numel for parameter in trained if parameter.numel <= SMALL]
+    return 2 * (len(trained) - len(small)) + CALLS_TOGETHER * -(-sum(small) // TOGETHER)
 
 
 def _stretched_count(count: int, scale: float, num_layers: int) -> int:

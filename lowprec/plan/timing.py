@@ -6,6 +6,7 @@ from lowprec.machine import Machine
 from lowprec.plan.operators import ATTENTION
 from lowprec.plan.states import States
 from lowprec.plan.tape import Product, Run, Stretched, Tape
+from lowprec.plan.tracker import FORWARD
 
 ATTENTION_SHARE = 0.5
 """Of the rate of large bf16 products, what fused attention reaches. FlashAttention-2 on A100: 73 % of the peak forward
@@ -63,6 +64,7 @@ def step_time(
     offloaded_bytes: float = 0.0,
     gradient_bytes: float = 0.0,
     in_graphs: bool = False,
+    selective: bool = False,
     update_calls: int = 0,
 ) -> StepTime:
     """The time of one optimizer step.
@@ -75,6 +77,8 @@ def step_time(
         offloaded_bytes: activations sent to the host by a micro-batch.
         gradient_bytes: that norms and clipping read and write beside what was traced.
         in_graphs: whether the host launches layers as CUDA graphs.
+        selective: whether a mode in Python sees every operator of layers' forward and of its repetition, which takes
+            the host as long as another operator.
         update_calls: kernels that the optimizer launches one by one.
     """
     known: dict[Product, float] = {}
@@ -89,6 +93,8 @@ def step_time(
         for nbytes, count in run.moves.items():
             traffic += times * count * machine.traffic_ms(nbytes)
         host += times * _host_us(machine, run, in_graphs and run.layer is not None) / 1e3
+        if selective and run.layer is not None and run.phase == FORWARD:
+            host += times * 2 * run.calls * machine.host_us / 1e3
     update = machine.traffic_ms(update_bytes)
     fetched = micro_batches * fetched_bytes / machine.h2d_gb_per_s / 1e6
     device = products + traffic + fetched

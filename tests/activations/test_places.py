@@ -5,7 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 
-from lowprec.activations.places import copies, tensors_of, unowned, with_tensors
+from lowprec.activations.places import SIDE_BY_SIDE, copies, tensors_of, unowned, with_tensors
 from lowprec.data.documents import Documents
 
 
@@ -20,6 +20,11 @@ def test_copies_are_contiguous_and_apart():
     assert made[0].untyped_storage().data_ptr() == made[3].untyped_storage().data_ptr()
     assert made[3].data_ptr() % 64 == made[0].data_ptr() % 64
     assert copies([None]) == [None] and copies([]) == []
+    large = torch.zeros(SIDE_BY_SIDE + 1)
+    apart = copies([odd, large, odd, torch.zeros(0)])
+    storages = [copy.untyped_storage() for copy in apart]
+    assert storages[0].data_ptr() == storages[2].data_ptr() != storages[1].data_ptr()
+    assert storages[1].nbytes() == large.nbytes and apart[3].numel() == 0
 
 
 @pytest.mark.gpu

@@ -134,6 +134,34 @@ def test_update_in_backward_gives_the_same_bits_and_frees_gradients(tmp_path, dt
         optimizer.close()
 
 
+@pytest.mark.parametrize("together", [1, 300, 10**9])
+def test_small_parameters_are_updated_together(together, monkeypatch):
+    """Some in the middle of backward, the rest at its end; the numbers are those of updates after it."""
+    monkeypatch.setattr("lowprec.optim.backward.SMALL", 500)
+    monkeypatch.setattr("lowprec.optim.backward.TOGETHER", together)
+    model = make_model()
+    optimizer = AdamW(model.named_parameters(), lr=1e-2)
+    batches = []
+    update = optimizer._update
+    monkeypatch.setattr(optimizer, "_update", lambda chunks, flag: batches.append(len(chunks)) or update(chunks, flag))
+    optimizer.update_in_backward()
+    small = [p for p in model.parameters() if p.numel() <= 500]
+    assert 2 < len(small) < len(list(model.parameters()))
+    assert [p for p in model.parameters() if not optimizer.uses_gradient_at_once(p)] == small
+    other = make_model()
+    for step in range(3):
+        backward(model, step)
+        backward(other, step)
+        norm = torch.nn.utils.get_total_norm([p.grad for p in other.parameters()])
+        other.zero_grad()
+        if step == 0:
+            torch.testing.assert_close(optimizer.grad_norm, norm)
+            assert len(batches) == len(list(model.parameters())) if together == 1 else max(batches) > 1
+            assert sum(batches) == len(list(model.parameters()))
+        optimizer.step()
+    assert same([p.detach() for p in model.parameters()], run(3)[0])
+
+
 @pytest.mark.parametrize("store", ["gpu", "cpu"])
 def test_states_whose_memory_is_there_before_begin_at_the_first_step(store):
     """Not with the weights that a model had before its checkpoint was loaded."""
@@ -205,8 +233,8 @@ class Operations(TorchDispatchMode):
         return function(*args, **kwargs or {})
 
 
-def test_a_step_costs_few_operations_however_many_parameters():
-    """A slow host bounds a step otherwise: in backward a norm, a flag and an update a parameter; after it, none."""
+def test_a_step_costs_few_operations_however_many_parameters(monkeypatch):
+    """A slow host bounds a step otherwise: in backward a norm, a flag and an update for a large parameter."""
 
     def operations(count, in_backward):
         params = [torch.nn.Parameter(torch.ones(3, 4)) for _ in range(count)]
@@ -224,9 +252,11 @@ def test_a_step_costs_few_operations_however_many_parameters():
         return backward.count, step.count
 
     assert operations(50, False)[1] == operations(10, False)[1] < 15
-    (many, step), (few, same_step) = operations(50, True), operations(10, True)
     plain = operations(50, False)[0] - operations(10, False)[0]
-    assert many - few - plain == 40 * 3 and step == same_step < 15
+    for small, more in ((100, 0), (0, 40 * 3)):
+        monkeypatch.setattr("lowprec.optim.backward.SMALL", small)
+        (many, step), (few, same_step) = operations(50, True), operations(10, True)
+        assert many - few - plain == more and step == same_step < 15
 
 
 def test_a_parameter_may_move_between_steps():

@@ -17,8 +17,8 @@ from lowprec.errors import UserError
 from lowprec.layers.nf4 import NF4
 from lowprec.machine import named_card
 from lowprec.optim import AdamW
-from lowprec.plan import Planner, predict
-from lowprec.plan.predict import GIB, PARTS, parse_gib
+from lowprec.plan import Planner, predict, timing
+from lowprec.plan.predict import CALLS_TOGETHER, GIB, PARTS, parse_gib
 from lowprec.plan.run import find_machine, own_vram_gib
 from lowprec.plan.schemes import without_data
 from lowprec.plan.search import last_that_fits
@@ -175,17 +175,21 @@ def test_a_step_is_no_faster_than_its_host(folder):
     assert times[1].host_ms == pytest.approx(100 * times[0].host_ms) and times[1].total_ms > 50 * times[0].products_ms
 
 
-def test_an_update_in_backward_launches_a_norm_and_an_update_for_each_parameter(folder, monkeypatch):
-    model = tiny_model("llama")
+def test_updates_in_backward_launch_a_norm_and_an_update_for_each_large_parameter(folder, monkeypatch):
+    sizes = [p.numel() for p in tiny_model("llama").parameters()]
+    recipe, _ = resolve("full", [f"model.model_name_or_path={folder}", "data.path=some", "train.max_grad_norm=null",
+                                 "train.gradient_accumulation_steps=1"])  # fmt: skip
 
-    def host_ms(calls, max_grad_norm):
-        monkeypatch.setattr("lowprec.plan.predict.CALLS_IN_BACKWARD", calls)
-        keys = f"train.max_grad_norm={max_grad_norm}", "train.gradient_accumulation_steps=1"
-        recipe, _ = resolve("full", [f"model.model_name_or_path={folder}", "data.path=some", *keys])
-        return Planner(model.config, replace(named_card("H100"), host_us=1000.0)).predict(recipe).time.host_ms
+    def host_ms(small, together):
+        monkeypatch.setattr("lowprec.plan.predict.SMALL", small)
+        monkeypatch.setattr("lowprec.plan.predict.TOGETHER", together)
+        config = tiny_model("llama").config
+        return Planner(config, replace(named_card("H100"), host_us=1000.0)).predict(recipe).time.host_ms
 
-    assert host_ms(2, "null") - host_ms(0, "null") == pytest.approx(2 * len(list(model.parameters())))
-    assert host_ms(2, 1.0) == host_ms(0, 1.0), "after backward, parameters are updated together"
+    alone, small = host_ms(0, 1), [size for size in sizes if size <= 64]
+    assert alone - host_ms(64, sum(small)) == pytest.approx(2 * len(small) - CALLS_TOGETHER)
+    assert alone - host_ms(64, sum(small) // 2) == pytest.approx(2 * len(small) - 2 * CALLS_TOGETHER)
+    assert alone - host_ms(max(sizes), sum(sizes)) == pytest.approx(2 * len(sizes) - CALLS_TOGETHER)
 
 
 def test_own_operators_take_the_host_longer(folder):
@@ -213,6 +217,19 @@ def test_a_replayed_layer_takes_the_host_once_a_pass(folder):
     passes = 3 * 7 * 2
     assert host_ms(replay_us=1040.0) - host_ms() == pytest.approx(passes), "four operators where it is not measured"
     assert host_ms(replay_us=0.0) > 0, "what is outside the layers"
+
+
+def test_choosing_among_operators_takes_the_host_as_long_as_another_one(folder, monkeypatch):
+    recipe, _ = resolve("lora", [f"model.model_name_or_path={folder}", "data.path=some",
+                                 "train.gradient_checkpointing=selective"])  # fmt: skip
+    planner = Planner(tiny_model("llama").config, replace(named_card("H100"), host_us=1000.0))
+    told = []
+    monkeypatch.setattr("lowprec.plan.predict.step_time", lambda *a, **k: told.append(k) or timing.step_time(*a, **k))
+    counted = planner.predict(recipe).time.host_ms
+    tape = next(iter(planner._tapes.values())).tape
+    plain = timing.step_time(tape, planner.machine, states_of(recipe, []), **told[0] | {"selective": False}).host_ms
+    forward = sum(run.calls for run in tape.runs if run.phase == "forward" and run.layer is not None)
+    assert forward > 0 and counted - plain == pytest.approx(2 * forward * told[0]["micro_batches"])
 
 
 def test_states_in_host_memory_take_the_host_by_the_chunk(folder):
