@@ -63,12 +63,29 @@ def test_both_are_tried_from_the_fastest_on(planner):
     assert torch.equal(torch.get_rng_state(), chance), "training that asks for a plan must not change by it"
 
 
-def test_policies_are_tried_from_the_fastest_on(planner):
+def test_policies_are_tried_from_the_fastest_on(config):
+    planner = Planner(config, replace(CARD, host_us=0.001))
     recipe = recipe_of("train.gradient_checkpointing=auto", "train.cuda_graphs=false")
     for policy in ("none", "selective", "full"):
         assert told(settle(planner, recipe, need(planner, policy, False))) == (policy, False)
     asked = recipe_of("train.gradient_checkpointing=auto", "train.cuda_graphs=true")
     assert told(settle(planner, asked, need(planner, "full", True))) == ("full", True)
+
+
+def test_choosing_among_operators_must_pay_for_the_hosts_time(config):
+    recipe = recipe_of("train.gradient_checkpointing=auto", "train.cuda_graphs=false")
+    slow = Planner(config, CARD)
+    room = need(slow, "selective", False)
+    choice = settle(slow, recipe, room)
+    assert told(choice) == ("full", False)
+    times = [slow.predict(recipe_of(f"train.gradient_checkpointing={policy}", "train.cuda_graphs=false"))
+             for policy in ("selective", "full")]  # fmt: skip
+    before, after = (f"{found.time.total_ms:.0f}" for found in times)
+    assert int(before) > int(after) and f"selective would take {before} ms instead of {after}" in choice.why
+    asked = recipe_of("train.gradient_checkpointing=selective", "train.cuda_graphs=false")
+    assert told(settle(slow, asked, room)) == ("selective", False), "as the recipe says"
+    nobody_knows = Planner(config, None)
+    assert told(settle(nobody_knows, recipe, need(nobody_knows, "selective", False))) == ("selective", False)
 
 
 @pytest.mark.parametrize("policy", ["none", "full", "offload"])
