@@ -36,8 +36,8 @@ def recipe_of(*overrides, name="lora"):
     return resolve(name, [f"{key}={value}" for key, value in keys.items()])[0]
 
 
-def need(planner, policy, graphs):
-    keys = (f"train.gradient_checkpointing={policy}", f"train.cuda_graphs={graphs}")
+def need(planner, policy, graphs, *more):
+    keys = (f"train.gradient_checkpointing={policy}", f"train.cuda_graphs={graphs}", *more)
     return planner.predict(recipe_of(*keys)).total / GIB
 
 
@@ -64,12 +64,12 @@ def test_both_are_tried_from_the_fastest_on(planner):
 
 
 def test_policies_are_tried_from_the_fastest_on(config):
-    planner = Planner(config, replace(CARD, host_us=0.001))
-    recipe = recipe_of("train.gradient_checkpointing=auto", "train.cuda_graphs=false")
+    planner, long = Planner(config, replace(CARD, host_us=0.001)), "data.max_length=8192"
+    recipe = recipe_of("train.gradient_checkpointing=auto", "train.cuda_graphs=false", long)
     for policy in ("none", "selective", "full"):
-        assert told(settle(planner, recipe, need(planner, policy, False))) == (policy, False)
-    asked = recipe_of("train.gradient_checkpointing=auto", "train.cuda_graphs=true")
-    assert told(settle(planner, asked, need(planner, "full", True))) == ("full", True)
+        assert told(settle(planner, recipe, need(planner, policy, False, long))) == (policy, False)
+    asked = recipe_of("train.gradient_checkpointing=auto", "train.cuda_graphs=true", long)
+    assert told(settle(planner, asked, need(planner, "full", True, long))) == ("full", True)
 
 
 def test_choosing_among_operators_must_pay_for_the_hosts_time(config):
