@@ -8,9 +8,9 @@ lines of numpy, so it adds no dependency.
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from itertools import product
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -41,6 +41,16 @@ class Correction:
     """Of each measured product, ``[samples]``."""
     mean: float
     length: float
+
+    def to_dict(self) -> dict[str, Any]:
+        """For JSON."""
+        return asdict(self) | {"points": self.points.tolist(), "weights": self.weights.tolist()}
+
+    @classmethod
+    def from_dict(cls, stored: dict[str, Any]) -> "Correction":
+        """Raises KeyError, TypeError or ValueError where it is none."""
+        arrays = {name: np.array(stored[name], dtype=np.float64) for name in ("points", "weights")}
+        return cls(**stored | arrays)
 
     def factor(self, kind: str, m: int, n: int, k: int, rates: Rates) -> float:
         """What the bound is multiplied by."""

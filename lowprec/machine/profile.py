@@ -2,7 +2,7 @@
 
 ``{"format": 1, "written": ISO time, "versions": {...}, "machine": the fields of Machine, "limits": {...},
 "repeat_error": how much the same product differs when it is timed again, "products": {kind: [[m, n, k, ms, layer],
-...]}, "validation": {kind: fields of Validation}}``. Corrections are fitted anew from ``products`` when it is read.
+...]}, "validation": {kind: fields of Validation}, "corrections": {kind: fields of Correction}}``.
 """
 
 import json
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from lowprec.errors import UserError
-from lowprec.machine.correction import Sample, Validation, fit
+from lowprec.machine.correction import Correction, Sample, Validation, fit
 from lowprec.machine.machine import Machine
 
 FORMAT = 1
@@ -49,6 +49,7 @@ class Profile:
             "limits": dict(self.limits),
             "repeat_error": self.repeat_error,
             "validation": {kind: asdict(found) for kind, found in self.validation.items()},
+            "corrections": {kind: found.to_dict() for kind, found in self.machine.corrections.items()},
             "products": {kind: [list(sample) for sample in samples] for kind, samples in self.products.items()},
         }
 
@@ -70,7 +71,12 @@ def read_profile(path: Path) -> Profile:
         fields_ = stored["machine"]
         fields_ |= {"capability": fields_["capability"] and tuple(fields_["capability"])}
         plain = Machine(**fields_ | {"assumed": tuple(fields_["assumed"])})
-        corrections = {kind: fit(kind, samples, plain.rates(kind)) for kind, samples in products.items()}
+        corrections = {kind: Correction.from_dict(found) for kind, found in stored.get("corrections", {}).items()}
+        # Older profiles have none. Where several processes read one at a time, the threads
+        # of numpy's solver hinder each other: a third of a second became four, and minutes on 16 cores.
+        corrections |= {
+            kind: fit(kind, samples, plain.rates(kind)) for kind, samples in products.items() if kind not in corrections
+        }
         return Profile(
             machine=Machine(**fields_ | {"assumed": plain.assumed, "corrections": corrections}),
             products=products,

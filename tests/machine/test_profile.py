@@ -68,6 +68,12 @@ def test_this_machine_is_measured_and_read_back(measured, tmp_path, monkeypatch)
     assert machine.assumed == measured.machine.assumed
     for kind in measured.products:
         assert machine.product_ms(kind, 300, 700, 900) == measured.machine.product_ms(kind, 300, 700, 900) > 0
+    older = {name: value for name, value in json.loads(path.read_text()).items() if name != "corrections"}
+    path.with_name("older.json").write_text(json.dumps(older))
+    again = profile.read_profile(path.with_name("older.json")).machine
+    assert again.product_ms("fp32", 300, 700, 900) == pytest.approx(machine.product_ms("fp32", 300, 700, 900))
+    monkeypatch.setattr(profile, "fit", None)
+    assert profile.read_profile(path).machine.corrections.keys() == measured.products.keys(), "nothing is fitted anew"
     assert machine.capability == measured.machine.capability
     assert json.loads(path.read_text())["format"] == profile.FORMAT
 
@@ -99,6 +105,7 @@ def test_eight_bit_products_have_sums_of_multiples_of_16():
 
 
 @pytest.mark.gpu
+@pytest.mark.timeout(900)  # 243 s beside three other workers, whose threads hinder those of the fits
 def test_a_gpu_is_measured_near_its_datasheet(tmp_path):
     found = measure(tmp_path, seconds=24.0)
     machine = found.machine
