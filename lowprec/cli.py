@@ -43,7 +43,7 @@ _DOCTOR_HELP = """
 examples:
   lowprec doctor
   lowprec doctor --quick --json
-  lowprec doctor --measure --path /mnt/nvme      this machine's speed, for plans; 90 seconds
+  lowprec doctor --measure --path /mnt/nvme      this machine's speed, for plans; up to 90 seconds
 """
 _PLAN_HELP = """
 examples:

@@ -123,12 +123,13 @@ class FreshProcess:
         """Let it go on, and end it.
 
         Raises:
-            UserError: the device takes no second process.
+            UserError: the device takes no second process, or the machine none.
         """
         child, device = self._child, self._device
         assert child.stdin is not None and child.stdout is not None
         try:
-            child.stdout.readline()
+            if not child.stdout.readline():
+                raise UserError("A second Python process with PyTorch ends at once: is there enough memory for it?")
             before = torch.cuda.mem_get_info(device)[0]
             child.stdin.write("\n")
             child.stdin.flush()

@@ -19,6 +19,8 @@ from lowprec.machine.roofline import Rates, arithmetic_ms, bound_ms
 LENGTHS, NOISES = (2.0, 4.0, 8.0), (0.01, 0.1, 1.0)
 """Tried: the kernel's length in octaves, and the variance of a measurement over that of the factor."""
 FOLDS = 8
+FEATURES = 4
+"""Numbers that tell a product from others. Profiles hold them: other features are another ``FORMAT`` of profiles."""
 
 
 class Sample(NamedTuple):
@@ -49,8 +51,13 @@ class Correction:
     @classmethod
     def from_dict(cls, stored: dict[str, Any]) -> "Correction":
         """Raises KeyError, TypeError or ValueError where it is none."""
-        arrays = {name: np.array(stored[name], dtype=np.float64) for name in ("points", "weights")}
-        return cls(**stored | arrays)
+        points, weights = (np.array(stored[name], dtype=np.float64) for name in ("points", "weights"))
+        mean, length = float(stored["mean"]), float(stored["length"])
+        if points.shape != (len(weights), FEATURES) or not len(weights) or length <= 0:
+            raise ValueError("a correction has other points than weights")
+        if not all(np.isfinite(values).all() for values in (points, weights, mean, length)):
+            raise ValueError("a correction is not finite")
+        return cls(points=points, weights=weights, mean=mean, length=length)
 
     def factor(self, kind: str, m: int, n: int, k: int, rates: Rates) -> float:
         """What the bound is multiplied by."""

@@ -39,8 +39,8 @@ def measure(folder: Path, progress: Progress = lambda what, share: None, seconds
     """Measure products, memory, links and the disk under ``folder``.
 
     Args:
-        seconds: for products and disk; CUDA's start, kernels that are compiled, the links and the fit take up to half a
-            minute more.
+        seconds: for products and disk; CUDA's start, the links and the fit take as long again where a GPU is fast, and
+            kernels that are compiled for the first time come to that.
 
     Raises:
         UserError: the disk has no room for the test file, or a run holds the folder.

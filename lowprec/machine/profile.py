@@ -86,7 +86,7 @@ def read_profile(path: Path) -> Profile:
             versions=stored["versions"],
             written=stored["written"],
         )
-    except (KeyError, TypeError, ValueError) as error:
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(
             f"{path} is not a machine profile that can be read ({error}): lowprec doctor --measure"
         ) from error

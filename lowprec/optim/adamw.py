@@ -128,6 +128,8 @@ class AdamW(torch.optim.Optimizer):
                     f"Parameter {self.names[i]} has a gradient but required none when the optimizer was built, so "
                     "it has no states: unfreeze it before building the optimizer."
                 )
+        if self._in_backward is not None:
+            self._in_backward.flush()  # what waits since a backward that raised
         current = self._begin()
         found_inf = self._found_inf()
         self._update([chunk for chunk in self._order if chunk.index not in current.finished], found_inf)
@@ -146,7 +148,8 @@ class AdamW(torch.optim.Optimizer):
         """From now on, update each parameter in backward and free its gradient; ``step`` does what is left.
 
         ``grad_norm`` holds the norm of the last backward's gradients. A gradient that is not finite stops the updates
-        that come after it in that backward; those before it stand. Gradients cannot be clipped or accumulated.
+        that come after it in that backward, and those of small parameters that wait with it; those before it stand.
+        Gradients cannot be clipped or accumulated.
         """
         if self._in_backward is None:
             params = {i: self._params[i] for i in self._formats}
@@ -159,7 +162,7 @@ class AdamW(torch.optim.Optimizer):
 
     def uses_gradient_at_once(self, param: Tensor) -> bool:
         """Whether the gradient of one of its parameters is used, and freed, as soon as backward has completed it."""
-        return self._in_backward is not None and any(self._params[i] is param for i in self._in_backward.at_once)
+        return self._in_backward is not None and id(param) in self._in_backward.at_once
 
     @property
     def grad_norm(self) -> Tensor | None:

@@ -11,7 +11,8 @@ from lowprec.optim.layout import Chunk
 
 SMALL, TOGETHER = 1 << 20, 8 << 20
 """Elements of a parameter that waits for others, and of those that are updated together: a launch for each of the 272
-parameters of a 135M model, and one for its norm, took the host 25 ms a step beside an H100."""
+parameters of a 135M model, and one for its norm, took the host 25 ms a step beside an H100. Copies of gradients that
+share memory (lowprec.activations.places) are none of larger parameters, which would wait with them."""
 
 
 class UpdateInBackward:
@@ -47,8 +48,8 @@ class UpdateInBackward:
         alone = {i for i, chunks in chunks_of.items() if all(len(chunk.parameters) == 1 for chunk in chunks)}
         small = {i for i, param in params.items() if param.numel() <= SMALL and param.device == device}
         self.small = small & alone if resident else set()
-        self.at_once = alone - self.small
-        """Parameters whose gradients nobody needs when the hook that they arrive in has returned."""
+        self.at_once = {id(params[i]) for i in alone - self.small}
+        """Identities of parameters whose gradients nobody needs when the hook that they arrive in has returned."""
         self._waiting: list[int] = []
         self._waiting_elements = 0
         self._missing: dict[int, int] = {}
@@ -61,6 +62,7 @@ class UpdateInBackward:
     @property
     def norm(self) -> Tensor:
         """The norm of the gradients that came, fp32, 0-dim."""
+        self.flush()
         return torch.linalg.vector_norm(self._norms)
 
     def begin(self) -> None:
@@ -97,24 +99,24 @@ class UpdateInBackward:
             self._measure(grad, self._norm_of[parameter])
             self._update_chunks_of([parameter])
             return
-        if not self._waiting:
-            torch.autograd.Variable._execution_engine.queue_callback(self._flush)  # at the end of this backward
+        # At the end of this backward: where an earlier one raised, its callback is gone, and some may wait since.
+        torch.autograd.Variable._execution_engine.queue_callback(self.flush)
         self._waiting.append(parameter)
         self._waiting_elements += grad.numel()
         if self._waiting_elements >= TOGETHER:
-            self._flush()
+            self.flush()
 
     @torch.no_grad()
-    def _flush(self) -> None:
-        """Update what waits."""
+    def flush(self) -> None:
+        """Update what waits, but for gradients that were taken away meanwhile."""
         waiting, self._waiting, self._waiting_elements = self._waiting, [], 0
-        if not waiting:
+        grads = {i: grad for i in waiting if (grad := self._params[i].grad) is not None}
+        if not grads:
             return
-        grads = [grad for i in waiting if (grad := self._params[i].grad) is not None]
-        norms = torch._foreach_norm(grads, dtype=torch.float32)
-        torch._foreach_copy_([self._norm_of[i] for i in waiting], norms)
+        norms = torch._foreach_norm(list(grads.values()), dtype=torch.float32)
+        torch._foreach_copy_([self._norm_of[i] for i in grads], norms)
         torch._amp_foreach_non_finite_check_and_unscale_([torch.stack(norms)], self.found_inf, self._one)
-        self._update_chunks_of(waiting)
+        self._update_chunks_of(list(grads))
 
     def _update_chunks_of(self, parameters: Sequence[int]) -> None:
         """Update chunks whose last gradient these parameters' are, and free what is not needed any more."""

@@ -207,7 +207,7 @@ def _padding_costs_more(planner: Planner, recipe: Recipe, lengths: RowLengths) -
 
 def _busy_ms(time: StepTime, share: float) -> float:
     """Of a step whose rows have this share of ``data.max_length``."""
-    return max((time.products_ms + time.traffic_ms) * share, time.host_ms)
+    return max((time.products_ms + time.traffic_ms) * share + time.update_ms, time.host_ms)
 
 
 def _without_auto_graphs(recipe: Recipe) -> Recipe:

@@ -7,6 +7,7 @@ import torch
 
 from lowprec.activations.places import SIDE_BY_SIDE, copies, tensors_of, unowned, with_tensors
 from lowprec.data.documents import Documents
+from lowprec.optim.backward import SMALL
 
 
 def test_copies_are_contiguous_and_apart():
@@ -20,6 +21,7 @@ def test_copies_are_contiguous_and_apart():
     assert made[0].untyped_storage().data_ptr() == made[3].untyped_storage().data_ptr()
     assert made[3].data_ptr() % 64 == made[0].data_ptr() % 64
     assert copies([None]) == [None] and copies([]) == []
+    assert SIDE_BY_SIDE <= SMALL, "what waits for an update in backward keeps no larger ones"
     large = torch.zeros(SIDE_BY_SIDE + 1)
     apart = copies([odd, large, odd, torch.zeros(0)])
     storages = [copy.untyped_storage() for copy in apart]

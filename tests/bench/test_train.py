@@ -9,8 +9,7 @@ import torch
 from accelerate.state import AcceleratorState
 
 from lowprec.bench import processes
-from lowprec.bench.train import limit, ours, peers, run
-from lowprec.bench.train.host import host_times
+from lowprec.bench.train import host, limit, ours, peers, run
 from lowprec.bench.train.limit import Layer
 from lowprec.bench.train.run import bench_train
 from lowprec.bench.train.table import markdown
@@ -202,8 +201,32 @@ def test_the_limit_is_measured_on_a_gpu():
     assert found["tokens_per_second"] > 0 and found["rates"] and torch.cuda.is_available()
 
 
+@pytest.mark.parametrize("recorded", [True, False])
+def test_the_hosts_times_are_told_apart(recorded, monkeypatch):
+    """The lesser time of each work counts; an operator takes 50 us, one of lowprec's 200, a replay 300."""
+    us = {"host": 50 * 100, "host, 8-bit": 50 * 100 + 200 * 40, "host, replayed": 5000 + 300 * 16,
+          "host, deeper": 5000 + 300 * 48}  # fmt: skip
+    runs = []
+
+    def fake(work, folder, device, closely):
+        runs.append(work.name)
+        graphs = 2 * work.shape["num_hidden_layers"] if recorded else 0
+        slow = 3 if runs.count(work.name) == 1 else 1
+        return {"host_ms_p50": slow * us[work.name] / 1e3, "activations": {"cuda_graphs": {"graphs": graphs}}}
+
+    monkeypatch.setattr(host, "run", fake)
+    monkeypatch.setattr(host, "no_triton", lambda device: None)
+    monkeypatch.setattr(host, "_calls", lambda work, device: (140, 40) if work is host.OWN else (100, 0))
+    found = host.host_times(torch.device("cuda"))
+    assert found["host_us"] == pytest.approx(50) and found["own_host_us"] == pytest.approx(200)
+    assert found["replay_us"] == (pytest.approx(300) if recorded else None)
+    assert sorted(runs) == sorted([*us] * 2)
+    monkeypatch.setattr(host, "no_triton", lambda device: "it is too old")
+    assert host.host_times(torch.device("cuda"))["own_host_us"] is None
+
+
 def test_the_host_is_timed_by_steps_that_it_launches(no_accelerator_left):
-    found = host_times(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
+    found = host.host_times(torch.device("cuda" if torch.cuda.is_available() else "cpu"))
     assert 1 < found["host_us"] <= found["own_host_us"] < 10_000, "microseconds for an operator"
     assert (found["replay_us"] is not None) == torch.cuda.is_available()
     assert found.keys() <= {field.name for field in fields(Machine)}

@@ -97,6 +97,28 @@ def test_a_damaged_or_foreign_profile_is_refused_with_the_remedy(text, tmp_path)
         profile.read_profile(tmp_path / "x.json")
 
 
+@pytest.mark.parametrize(
+    "damage",
+    [
+        None,
+        [],
+        {"points": []},
+        {"weights": [1.0]},
+        {"mean": "a"},
+        {"mean": math.nan},
+        {"length": 0.0},
+        {"length": None},
+    ],
+)
+def test_a_damaged_correction_is_refused(damage, measured, tmp_path):
+    stored = measured.to_dict()
+    whole = stored["corrections"]["fp32"]
+    stored["corrections"] = {"fp32": whole | damage} if isinstance(damage, dict) else damage
+    (tmp_path / "x.json").write_text(json.dumps(stored))
+    with pytest.raises(UserError, match="doctor --measure"):
+        profile.read_profile(tmp_path / "x.json")
+
+
 def test_eight_bit_products_have_sums_of_multiples_of_16():
     shapes = designed_shapes(1e11, 1e8, 16)
     assert all(shape.k % 16 == 0 and shape.n % 16 == 0 for shape in shapes) and len(shapes) > 200

@@ -180,6 +180,49 @@ def test_states_whose_memory_is_there_before_begin_at_the_first_step(store):
     assert len(buffers) == len(optimizer._store.chunks), "the states lie in them"
 
 
+class _Raises(torch.autograd.Function):
+    """Nothing forward; an error backward."""
+
+    @staticmethod
+    def forward(ctx, x):
+        return x.clone()
+
+    @staticmethod
+    def backward(ctx, gradient):
+        raise RuntimeError("in the middle")
+
+
+@pytest.mark.parametrize("zeroed", [False, True])
+def test_a_backward_that_raised_leaves_nothing_unmeasured(zeroed):
+    """Small parameters wait then, whose callback at the end of backward never came."""
+    params = [torch.nn.Parameter(torch.ones(5)) for _ in range(3)]
+    optimizer = AdamW([(str(i), p) for i, p in enumerate(params)], lr=0.1)
+    optimizer.update_in_backward()
+
+    def fails():
+        with pytest.raises(RuntimeError, match="in the middle"):
+            (params[0] + _Raises.apply(params[1] * 1.0) + params[2]).sum().backward()
+
+    fails()
+    waiting = [p for p in params if p.grad is not None]
+    assert waiting, "one came before the error"
+    if zeroed:
+        optimizer.zero_grad()
+    else:
+        waiting[0].grad[0] = float("nan")
+    before = [p.detach().clone() for p in params]
+    (params[1].sum() * 2).backward()
+    assert params[1].grad is None and all(p.grad is None for p in params)
+    optimizer.step()
+    assert all(torch.isfinite(p).all() for p in params)
+    assert torch.equal(params[1], before[1]) is not zeroed, "a bad gradient stops what is updated with it"
+    if zeroed:
+        torch.testing.assert_close(optimizer.grad_norm, torch.tensor(20.0).sqrt())
+    (params[0] + params[1] + params[2]).sum().backward()
+    optimizer.step()
+    assert all((p != 1).all() for p in params)
+
+
 def _watch_allocations(optimizer):
     """A list that grows with the buffers that the optimizer's store takes."""
     allocate, taken = optimizer._store._allocate, []

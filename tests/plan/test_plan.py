@@ -22,7 +22,7 @@ from lowprec.plan.predict import CALLS_TOGETHER, GIB, PARTS, parse_gib
 from lowprec.plan.run import find_machine, own_vram_gib
 from lowprec.plan.schemes import without_data
 from lowprec.plan.search import last_that_fits
-from lowprec.plan.states import Trained, states_of
+from lowprec.plan.states import States, Trained, states_of
 from lowprec.plan.step import TracedRecipe
 from lowprec.testing import save_tiny, tiny_model
 
@@ -190,6 +190,8 @@ def test_updates_in_backward_launch_a_norm_and_an_update_for_each_large_paramete
     assert alone - host_ms(64, sum(small)) == pytest.approx(2 * len(small) - CALLS_TOGETHER)
     assert alone - host_ms(64, sum(small) // 2) == pytest.approx(2 * len(small) - 2 * CALLS_TOGETHER)
     assert alone - host_ms(max(sizes), sum(sizes)) == pytest.approx(2 * len(sizes) - CALLS_TOGETHER)
+    trained = [Trained("w", size, torch.float32) for size in sizes]
+    assert predict._calls_in_backward(trained, States([], step_chunks=3)) == len(sizes), "norms; updates by the chunk"
 
 
 def test_own_operators_take_the_host_longer(folder):

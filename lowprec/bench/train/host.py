@@ -52,8 +52,8 @@ def host_times(device: torch.device) -> dict[str, float | None]:
         calls, own_calls = _calls(OWN, device)
         own_us = max((us[OWN.name] - (calls - own_calls) * host_us) / own_calls, host_us)
     if REPLAYED in works and replays[REPLAYED.name] and replays[DEEPER.name]:
-        more_us, more = us[DEEPER.name] - us[REPLAYED.name], replays[DEEPER.name] - replays[REPLAYED.name]
-        replay_us = max(more_us / more, host_us)
+        more = replays[DEEPER.name] - replays[REPLAYED.name]
+        replay_us = max((us[DEEPER.name] - us[REPLAYED.name]) / more, host_us)
     return {"host_us": host_us, "own_host_us": own_us, "replay_us": replay_us}
 
 
