@@ -233,11 +233,10 @@ class Planner:
         if self.machine is not None:
             weights, traced_weights = (sum(p.numel * p.dtype.itemsize for p in ps) for ps in (trained, traced.trained))
             in_backward = updates_in_backward(recipe)
-            # The norm reads gradients, which the trace has only of its layers and after backward; scaling reads and
+            # The norm reads gradients, of which the trace has those of its layers after backward; scaling reads and
             # writes them.
-            gradients = (weights if in_backward else weights - traced_weights) * (
-                1 if recipe.train.max_grad_norm is None else 3
-            )
+            untraced = weights if in_backward else weights - traced_weights
+            passes = 1 if recipe.train.max_grad_norm is None else 3
             time = step_time(
                 tape,
                 self.machine,
@@ -247,7 +246,7 @@ class Planner:
                 in_backward=in_backward,
                 fetched_bytes=rows * length * traced.fetched_bytes,
                 offloaded_bytes=found.offloaded_bytes * self._depth / traced.num_layers,
-                gradient_bytes=gradients,
+                gradient_bytes=passes * untraced,
                 in_graphs=in_graphs(recipe),
                 selective=recipe.train.gradient_checkpointing == "selective",
                 update_calls=_calls_in_backward(trained, states) if in_backward else 0,

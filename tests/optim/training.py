@@ -1,6 +1,7 @@
 """A small training run that every test of the optimizer drives: 20 k parameters, fixed data, any dtype and store."""
 
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -63,3 +64,13 @@ def start(path, dtype=torch.bfloat16, steps=4, **options):
     optimizer = AdamW(model.named_parameters(), lr=1e-2, **ssd(path, **options))
     train(model, optimizer, steps)
     return model, optimizer
+
+
+def stores(tmp_path: Path) -> list[dict[str, Any]]:
+    """Options of every store but the GPU's, with chunks that parameters are cut by."""
+    small = {"chunk_bytes": 20_000}
+    return [
+        {"state_store": "cpu", **small},
+        {"state_store": "ssd", "path": tmp_path / "one", "pinned_gib": 0.0005, **small},
+        {"state_store": "ssd", "path": [tmp_path / "a", tmp_path / "b"], "pinned_gib": 0.0005, **small},
+    ]
