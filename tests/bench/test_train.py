@@ -2,7 +2,7 @@
 
 import json
 import subprocess
-from dataclasses import fields
+from dataclasses import fields, replace
 
 import pytest
 import torch
@@ -138,6 +138,16 @@ def test_tiny_works_by_lowprec_and_by_a_peer(tmp_path, work, monkeypatch, no_acc
     for figures in (ours.run(work, tmp_path, device), peers.run("transformers", work, tmp_path, device)):
         assert 3 < figures["last_loss"] < 8 and figures["step_ms_p20"] <= figures["step_ms_p80"]
         assert figures["tokens_per_second"] == pytest.approx(64e3 / figures["step_ms_p50"], rel=1e-2)
+
+
+@pytest.mark.parametrize(("work", "learning_rate"), [("tiny_qlora", 2e-4), ("tiny_full", 2e-5)])
+def test_peers_train_at_the_learning_rate_of_the_recipe(tmp_path, work, learning_rate, monkeypatch):
+    seen = []
+    build = peers._optimizer
+    monkeypatch.setattr(peers, "_optimizer", lambda *arguments: seen.append(build(*arguments)) or seen[-1])
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    peers.run("transformers", replace(all_works()[work], warmup=0, timed=1), tmp_path, device)
+    assert seen[0].param_groups[0]["lr"] == learning_rate
 
 
 def test_a_peer_that_changes_transformers_comes_before_it(tmp_path):

@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from lowprec.bench.train.clock import cap_memory, time_steps
-from lowprec.bench.train.ours import random_model
+from lowprec.bench.train.ours import random_model, recipe_of
 from lowprec.bench.train.works import Work
 
 LINEARS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
@@ -28,7 +28,7 @@ def why_not(peer: str, path: list[str] | None = None) -> str | None:
 def run(peer: str, work: Work, folder: Path, device: torch.device) -> dict:
     """Figures of one work by one peer."""
     model = _unsloth(work, folder) if peer == "unsloth" else _transformers(peer, work, device)
-    optimizer = _optimizer(work, model)
+    optimizer = _optimizer(work, model, recipe_of(work, folder, device).optimizer.learning_rate)
     ids = torch.randint(0, work.shape["vocab_size"], (work.batch, work.length), device=device)
     mask = torch.ones_like(ids)
     cap_memory(work.cap_gib, device)
@@ -123,12 +123,12 @@ def _saved_model(work: Work, folder: Path) -> Path:
     return target
 
 
-def _optimizer(work: Work, model: nn.Module) -> Any:
+def _optimizer(work: Work, model: nn.Module, learning_rate: float) -> Any:
     """PyTorch's fused AdamW; for LoRA bitsandbytes' 8-bit one, as unsloth's and PEFT's examples have it."""
     trained = [parameter for parameter in model.parameters() if parameter.requires_grad]
     if work.method == "full" or not torch.cuda.is_available():
-        return torch.optim.AdamW(trained, lr=1e-5, fused=True)
+        return torch.optim.AdamW(trained, lr=learning_rate, fused=True)
     import bitsandbytes as bnb
 
     build: Callable = bnb.optim.AdamW8bit
-    return build(trained, lr=1e-4)
+    return build(trained, lr=learning_rate)
