@@ -60,7 +60,7 @@ class LayerGraphs:
         self.layers: list[GraphedLayer] = []
         """In the order of the model."""
         self.lends_gradient: Callable[[torch.Tensor], bool] | None = None
-        """Asked when a layer is recorded: whether a parameter's hooks use up its gradient, which then is not copied
+        """Asked in backward: whether a parameter's hooks use up its gradient, which then is not copied
         from where the graph leaves it. None: all are copied."""
         self._flows: dict[Any, Flow] = {}
         self._signatures: dict[Any, int] = {}

@@ -66,8 +66,6 @@ class Recorded:
         self.recompute = recompute = graphed.graphs.recompute
         trained = {name: parameter for name, parameter in layer.named_parameters() if parameter.requires_grad}
         self.parameters = list(trained.values())
-        lends = graphed.graphs.lends_gradient
-        self._lent = [lends is not None and lends(parameter) for parameter in self.parameters]
         self._addresses = [parameter.data_ptr() for parameter in self.parameters]
         self._needs_input = hidden.requires_grad
         self.x = flow.x if recompute else flow.input_of(hidden)
@@ -149,8 +147,9 @@ class Recorded:
         self._backward()
         self.place.runs.discard(run)
         self.layer_runs.discard(run)
-        lent = self._lent if not self.layer_runs else [False] * len(self._gradients)
-        gradients = copies([None if lends else grad for grad, lends in zip(self._gradients, lent, strict=True)])
+        lends = self.graphs.lends_gradient if not self.layer_runs else None
+        lent = [lends is not None and lends(parameter) for parameter in self.parameters]
+        gradients = copies([None if used else grad for grad, used in zip(self._gradients, lent, strict=True)])
         for i, grad in enumerate(self._gradients):
             if lent[i] and grad is not None:
                 gradients[i] = grad.detach()  # a tensor that nobody else holds: AccumulateGrad would copy another

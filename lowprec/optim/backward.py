@@ -143,5 +143,7 @@ class UpdateInBackward:
         torch._amp_foreach_non_finite_check_and_unscale_([norm], self.found_inf, self._one)
 
     def remove(self) -> None:
+        """Leave gradients to others from now on."""
+        self.at_once.clear()
         for handle in self._handles:
             handle.remove()

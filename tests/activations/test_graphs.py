@@ -17,6 +17,7 @@ from lowprec.activations.places import copies
 from lowprec.attention import attend_without_masks
 from lowprec.data.documents import Documents
 from lowprec.lora import fuse
+from lowprec.optim import AdamW
 from lowprec.testing import tiny_model
 
 POLICIES = ("none", "full", "offload")
@@ -262,6 +263,24 @@ def test_gradients_that_are_used_at_once_are_not_copied(policy, monkeypatch):
         parameter.register_post_accumulate_grad_hook(use)
     same(train(model, 5), train(plain, 5))
     assert 0 < sum(copied) < len(copied) / 2, "norms' weights alone"
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_gradients_are_copied_once_the_optimizer_that_used_them_is_closed(policy, monkeypatch):
+    monkeypatch.setattr("lowprec.optim.backward.SMALL", 0)
+    model = tiny_model("llama")
+    activations, _ = graphed(model, policy, monkeypatch)
+    optimizer = AdamW(model.named_parameters(), lr=1e-3)
+    activations.update_in_backward(optimizer)
+    lent = [p for p in model.parameters() if optimizer.uses_gradient_at_once(p)]
+    for step in range(4):
+        model.train()(**batch(step)).loss.backward()
+        optimizer.step()
+    assert lent and activations.graphs.recorded
+    optimizer.close()
+    plain = tiny_model("llama")
+    plain.load_state_dict(model.state_dict())
+    same(train(model, 3, micro=2), train(plain, 3, micro=2))
 
 
 class Skipping(torch.nn.Module):
