@@ -17,6 +17,7 @@ from lowprec.errors import UserError
 
 MANIFEST = "manifest.json"
 _TEMPORARY = ".writing-"
+_REPLACED = f"{_TEMPORARY}replaced-"
 
 
 @contextmanager
@@ -51,7 +52,7 @@ def atomic_folder(
         raise
     if target.exists():
         # A rename cannot replace a folder that holds files; the old one steps aside first.
-        replaced = target.parent / f"{_TEMPORARY}replaced-{target.name}"
+        replaced = target.parent / f"{_REPLACED}{target.name}"
         shutil.rmtree(replaced, ignore_errors=True)
         target.rename(replaced)
         writing.rename(target)
@@ -62,9 +63,13 @@ def atomic_folder(
 
 
 def remove_unfinished(parent: Path) -> None:
-    """Remove what a killed process was writing."""
+    """Remove what a killed process was writing; a folder that had stepped aside for another one comes back."""
     for leftover in parent.glob(f"{_TEMPORARY}*"):
-        shutil.rmtree(leftover)
+        aside = leftover.name.startswith(_REPLACED) and parent / leftover.name.removeprefix(_REPLACED)
+        if aside and not aside.exists():
+            leftover.rename(aside)
+        else:
+            shutil.rmtree(leftover)
 
 
 def damage(folder: Path) -> str | None:
@@ -106,10 +111,11 @@ def newest_whole(parent: Path) -> tuple[Path | None, list[str]]:
     return None, complaints
 
 
-def prune(parent: Path, keep: int | None) -> None:
-    """Remove all but the newest ``keep`` checkpoints."""
+def prune(saved: Path, keep: int | None) -> None:
+    """Of the checkpoints up to the one just saved, remove all but the newest ``keep``. Those of later steps are damaged
+    ones that a resumed run has passed over: they count as none, and make place when their step comes again."""
     if keep is not None:
-        for folder in checkpoints(parent)[:-keep]:
+        for folder in [other for other in checkpoints(saved.parent) if step_of(other) <= step_of(saved)][:-keep]:
             shutil.rmtree(folder)
 
 

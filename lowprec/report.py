@@ -90,8 +90,8 @@ def speed(rows: list[dict[str, Any]]) -> dict[str, float]:
     """Medians over the steps of this process, the first (which warms up) left out where there are others.
 
     Returns:
-        ``tokens_per_second`` (trained tokens), ``all_tokens_per_second`` (prompt and padding too), ``step_time_ms_p50``
-        and ``step_time_ms_p90``. Empty where no step was taken.
+        ``tokens_per_second`` (trained tokens), ``all_tokens_per_second`` (prompts too, no padding),
+        ``step_time_ms_p50`` and ``step_time_ms_p90``. Empty where no step was taken.
     """
     steps = [row for row in rows if "loss" in row]
     steps = steps[1:] if len(steps) > 1 else steps
@@ -130,7 +130,7 @@ def print_summary(report: dict[str, Any], folder: Path, console: Console) -> Non
     if before is not None and after is not None:
         table.add_row("held-out loss", f"{before:.3f} -> {after:.3f}  ({100 * (after / before - 1):+.1f} %)")
     if report.get("tokens_per_second") is not None:
-        speeds = f"{report['tokens_per_second']:,.0f} ({report['all_tokens_per_second']:,.0f} with prompts and padding)"
+        speeds = f"{report['tokens_per_second']:,.0f} ({report['all_tokens_per_second']:,.0f} with prompts)"
         table.add_row("trained tokens/s", speeds)
         table.add_row("step time, median", f"{report['step_time_ms_p50']:,.0f} ms")
     if "phases_ms" in report:

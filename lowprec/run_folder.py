@@ -127,9 +127,16 @@ def open_run(output_dir: str, resume_from_checkpoint: str | None) -> RunFolder |
 
 def _refuse_branching(folder: RunFolder, checkpoint: Path) -> None:
     """Two lines of checkpoints in one folder: the older would later pass for the newest."""
+    found = checkpoints(folder.checkpoints)
     if checkpoint.resolve().parent != folder.checkpoints.resolve():
+        own = [other.name for other in found] + (["final"] if folder.final.exists() else [])
+        if own:
+            raise UserError(
+                f"{folder.path} has {', '.join(own)} of a run of its own, and {checkpoint} is of another. Choose "
+                "another train.output_dir, or set train.resume_from_checkpoint=auto to go on with that run."
+            )
         return
-    newer = [other.name for other in checkpoints(folder.checkpoints) if step_of(other) > step_of(checkpoint)]
+    newer = [other.name for other in found if step_of(other) > step_of(checkpoint)]
     if newer:
         raise UserError(
             f"{checkpoint} is older than {', '.join(newer)} beside it. Choose another train.output_dir to branch off "

@@ -65,7 +65,7 @@ def test_newest_whole_passes_over_damaged_ones(tmp_path):
 def test_prune_keeps_the_newest_by_number(tmp_path):
     for step in (2, 9, 10):
         write(tmp_path / f"step-{step}")
-    prune(tmp_path, 2)
+    prune(tmp_path / "step-10", 2)
     assert [folder.name for folder in checkpoints(tmp_path)] == ["step-9", "step-10"]
 
 
@@ -161,3 +161,32 @@ def test_files_with_checksums_of_their_own_are_held_to_their_size(tmp_path):
     assert damage(tmp_path / "step-1") is None  # the store that reads it finds this
     states.write_bytes(b"cut")
     assert str(states) in (damage(tmp_path / "step-1") or "")
+
+
+def test_prune_counts_no_damaged_checkpoint_of_a_later_step(tmp_path):
+    for step in (50, 100, 200, 150):
+        write(tmp_path / f"step-{step}")
+    (tmp_path / "step-200" / "a.bin").write_bytes(b"x")
+    prune(tmp_path / "step-150", 1)
+    assert newest_whole(tmp_path)[0] == tmp_path / "step-150"
+    write(tmp_path / "step-200")
+    prune(tmp_path / "step-200", 1)
+    assert checkpoints(tmp_path) == [tmp_path / "step-200"]
+
+
+def test_a_folder_that_had_stepped_aside_comes_back_after_a_kill(tmp_path, monkeypatch):
+    write(tmp_path / "final", b"old")
+    renamed, original = [], Path.rename
+
+    def rename(self, target):
+        if renamed:
+            raise KeyboardInterrupt
+        renamed.append(self)
+        return original(self, target)
+
+    with monkeypatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(Path, "rename", rename)
+        write(tmp_path / "final", b"new")
+    remove_unfinished(tmp_path)
+    assert damage(tmp_path / "final") is None and (tmp_path / "final" / "a.bin").read_bytes() == b"old"
+    assert [path.name for path in tmp_path.iterdir()] == ["final"]

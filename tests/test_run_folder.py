@@ -1,6 +1,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 
 import pytest
 
@@ -93,3 +94,11 @@ def test_an_older_checkpoint_is_not_taken_up_beside_newer_ones(tmp_path):
         open_run(str(tmp_path), str(tmp_path / "checkpoints" / "step-2"))
     assert open_run(str(tmp_path / "other"), str(tmp_path / "checkpoints" / "step-2")) is not None
     assert open_run(str(tmp_path), str(tmp_path / "checkpoints" / "step-4")) is not None
+
+
+@pytest.mark.parametrize("own", ["checkpoints/step-5", "final"])
+def test_a_checkpoint_of_another_run_is_not_taken_up_in_a_folder_with_a_run_of_its_own(tmp_path, own):
+    checkpoint(tmp_path / "one" / "checkpoints" / "step-9")
+    checkpoint(tmp_path / "other" / own)
+    with pytest.raises(UserError, match=rf"has {Path(own).name} of a run of its own.*another train\.output_dir"):
+        open_run(str(tmp_path / "other"), str(tmp_path / "one" / "checkpoints" / "step-9"))

@@ -128,10 +128,10 @@ def read_sample(fields: Fields, layout: str, options: Data, *, has_template: boo
 
 
 def _text(fields: Fields, name: str, *, may_be_empty: bool = False, prefix: str = "") -> str:
-    if name not in fields or (fields[name] is None and not may_be_empty):
-        raise RecordError(prefix + name, "is missing")
-    value = fields[name]
+    value = fields.get(name)
     if value is None:
+        if not may_be_empty:
+            raise RecordError(prefix + name, "is missing")
         return ""
     if not isinstance(value, str):
         raise RecordError(prefix + name, f"is a {type(value).__name__}, not a string")
@@ -220,10 +220,10 @@ def _prompt_completion(fields: Fields, as_chat: bool) -> Sample:
 
 def _alpaca(fields: Fields, as_chat: bool) -> Sample:
     instruction, output = _text(fields, "instruction"), _text(fields, "output")
-    context = _text(fields, "input", may_be_empty=True) if "input" in fields else ""
+    context = _text(fields, "input", may_be_empty=True)
     if as_chat:
         question = f"{instruction}\n\n{context}" if context.strip() else instruction
-        system = _text(fields, "system", may_be_empty=True) if "system" in fields else ""
+        system = _text(fields, "system", may_be_empty=True)
         return _question_and_answer(question, output, system)
     form = ALPACA_WITH_INPUT if context.strip() else ALPACA_WITHOUT_INPUT
     return Passage(prompt=form.format(instruction=instruction, input=context), completion=output)

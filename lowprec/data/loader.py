@@ -182,6 +182,11 @@ class StepLoader:
                 f"the checkpoint was written with train.seed={state['seed']}, which orders the samples, and the recipe "
                 f"has train.seed={self._state['seed']}. Resume with the same, or start in another train.output_dir."
             )
+        if state.get("order") != self._state.get("order"):
+            raise UserError(
+                "the checkpoint was written by another version of lowprec, which ordered the samples otherwise. Resume "
+                "with that version, or start in another train.output_dir."
+            )
         self._state = dict(state)
 
     def longest(self, num_rows: int) -> Inputs:

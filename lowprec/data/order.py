@@ -31,8 +31,13 @@ class Order(Protocol):
         ...
 
 
+ORDER = 2
+"""Of permutations: a position means nothing in those of another number."""
+
+
 class EpochOrder:
-    """Every epoch is a permutation of all rows, drawn from ``seed + epoch``. ``fingerprint`` tells these rows."""
+    """Every epoch is a permutation of all rows, drawn from the seed and the epoch's number. ``fingerprint`` tells these
+    rows."""
 
     def __init__(self, rows: Rows, seed: int, fingerprint: str) -> None:
         self.rows = rows
@@ -40,10 +45,10 @@ class EpochOrder:
         self.fingerprint = fingerprint
 
     def first_state(self) -> State:
-        return {"epoch": 0, "position": 0, "seed": self.seed, "data": self.fingerprint}
+        return {"epoch": 0, "position": 0, "seed": self.seed, "data": self.fingerprint, "order": ORDER}
 
     def permutation(self, epoch: int) -> np.ndarray:
-        return np.random.default_rng(self.seed + epoch).permutation(len(self.rows))
+        return np.random.default_rng([self.seed, epoch]).permutation(len(self.rows))
 
     def steps(self, state: State, step_rows: int) -> Iterator[Step]:
         epoch, position = state["epoch"], state["position"]

@@ -2,7 +2,6 @@
 
 from typing import ClassVar, Protocol, runtime_checkable
 
-import torch
 from torch import nn
 
 
@@ -26,9 +25,3 @@ class WeightScheme(Protocol):
 
     def kernel(self, linear: nn.Linear) -> str:
         """The name of the product that will run, as the report prints it."""
-
-
-def plain_weight(linear: nn.Linear) -> torch.Tensor:
-    """The weight ``[out, in]`` as the mathematics sees it: decoded and un-rotated where it is stored otherwise."""
-    decode = getattr(linear, "dequantized_weight", None)
-    return decode() if decode is not None else linear.weight

@@ -5,6 +5,8 @@ import hashlib
 import json
 import os
 from collections.abc import Callable
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -27,10 +29,12 @@ def remembered_times(device: torch.device, key: str, measure: Callable[[], dict[
     the times depend on but the device and the versions."""
     key = f"{_machine(device)}|{key}"
     path = verdict_folder() / f"{hashlib.sha256(key.encode()).hexdigest()[:24]}.json"
-    if path.is_file():
+    try:
         kept = json.loads(path.read_text(encoding="utf-8"))
         if kept["key"] == key:
             return kept["ms"]
+    except (OSError, ValueError, TypeError, KeyError):  # none yet, or cut off by a power failure: measured anew
+        pass
     ms = measure()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(f".{os.getpid()}")
@@ -136,7 +140,6 @@ def record(model: nn.Module, linears: dict, calibration: Any) -> dict[str, tuple
 
 
 def _machine(device: torch.device) -> str:
-    import triton
-
     name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return f"{name}|torch {torch.__version__}|triton {triton.__version__}"
+    triton = version("triton") if find_spec("triton") else "none"
+    return f"{name}|torch {torch.__version__}|triton {triton}"

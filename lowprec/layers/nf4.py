@@ -90,11 +90,13 @@ class NF4:
         assert reason is None, reason
         from lowprec.layers.nf4_linear import NF4Linear  # bitsandbytes takes seconds to import
 
-        scheme = PRODUCTS.get(self.product)  # auto that was not asked to choose: 16 bits
-        plan: Plan | None = (
-            None if scheme is None else scheme(wide_block=LARGEST_BLOCK).plan(linear.in_features, linear.out_features)
-        )
+        plan = self.product_plan(linear.in_features, linear.out_features)
         return NF4Linear(linear, self.block_size, self.double_quant, plan)
+
+    def product_plan(self, in_features: int, out_features: int) -> Plan | None:
+        """How the products of such a layer run in 8 bits; None in 16 bits, as for ``auto`` that has not chosen."""
+        scheme = PRODUCTS.get(self.product)
+        return None if scheme is None else scheme(wide_block=LARGEST_BLOCK).plan(in_features, out_features)
 
     def kernel(self, linear: nn.Linear) -> str:
         plan, device = linear.plan, linear.weight.device.type  # type: ignore[union-attr]

@@ -160,6 +160,11 @@ class AdamW(torch.optim.Optimizer):
                 params, self._chunks_of, self._update, lambda: self.found_inf, self._store.resident
             )
 
+    def stop_updates_in_backward(self) -> None:
+        """Leave gradients where backward puts them from now on."""
+        if self._in_backward is not None:
+            self._in_backward.remove()
+
     def uses_gradient_at_once(self, param: Tensor) -> bool:
         """Whether the gradient of one of its parameters is used, and freed, as soon as backward has completed it."""
         return self._in_backward is not None and id(param) in self._in_backward.at_once
@@ -232,7 +237,7 @@ class AdamW(torch.optim.Optimizer):
 
     def states_of(self, parameter: int) -> dict[str, Tensor]:
         """The fields of one parameter (numbered across the groups), elementwise ones in its shape."""
-        fields = gather(self._chunks_of[parameter], self._store.peek, parameter)
+        fields = gather(self._chunks_of[parameter], self._store.peek, parameter, may_alias=self._store.resident)
         blocks = {field.name: field.block for field in self._formats[parameter].fields}
         shape = self._params[parameter].shape
         return {name: array.view(shape) if blocks[name] == 1 else array for name, array in fields.items()}
@@ -269,8 +274,7 @@ class AdamW(torch.optim.Optimizer):
 
     def close(self) -> None:
         """Give back the store: its memory, files and path. States that no checkpoint holds are gone."""
-        if self._in_backward is not None:
-            self._in_backward.remove()
+        self.stop_updates_in_backward()
         self.state.clear()
         self._kept.clear()
         self._store.close()

@@ -146,7 +146,7 @@ class HostMemory:
     system refuses to pin as much should do.
     """
 
-    def __init__(self, nbytes: int, pin: bool, remedy: str = "lower state_store.pinned_gib"):
+    def __init__(self, nbytes: int, pin: bool, remedy: str = ""):
         self.tensor = torch.frombuffer(mmap.mmap(-1, max(nbytes, 1)), dtype=torch.uint8)
         self._used = 0
         self.close: Callable[[], object] = lambda: None
@@ -155,7 +155,7 @@ class HostMemory:
             if code:
                 raise UserError(
                     f"The system refuses to pin {nbytes / GIB:.2f} GiB of host memory (CUDA error {code}): "
-                    f"{remedy}, or raise the limit (ulimit -l)."
+                    f"{remedy + ', or ' if remedy else ''}raise the limit (ulimit -l)."
                 )
             # Also where nobody calls close: memory that is freed while pinned could never be pinned again.
             self.close = weakref.finalize(self, _unpin, self.tensor.data_ptr())

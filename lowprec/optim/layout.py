@@ -96,15 +96,17 @@ def initialise(chunk: Chunk, buffer: Tensor, params: Sequence[Tensor]) -> None:
             fields["master"].copy_(params[piece.parameter].detach().view(-1)[piece.start : piece.stop])
 
 
-def gather(chunks: Sequence[Chunk], peek: Callable[[Chunk], Tensor], parameter: int) -> dict[str, Tensor]:
-    """The fields of one parameter, flat: copies, or a view where one chunk of a resident store holds all of it."""
+def gather(
+    chunks: Sequence[Chunk], peek: Callable[[Chunk], Tensor], parameter: int, *, may_alias: bool
+) -> dict[str, Tensor]:
+    """The fields of one parameter, flat: copies, or where ``may_alias`` a view if one chunk holds all of it."""
     parts: dict[str, list[Tensor]] = {}
     for chunk in chunks:
         buffer = peek(chunk)
         for piece, fields in zip(chunk.pieces, chunk.views(buffer), strict=True):
             if piece.parameter == parameter:
                 for name, array in fields.items():
-                    parts.setdefault(name, []).append(array if len(chunks) == 1 else array.clone())
+                    parts.setdefault(name, []).append(array if may_alias and len(chunks) == 1 else array.clone())
     return {name: arrays[0] if len(arrays) == 1 else torch.cat(arrays) for name, arrays in parts.items()}
 
 

@@ -7,10 +7,11 @@ from typing import Any, ClassVar
 
 import torch
 from torch import nn
+from transformers.optimization import GreedyLR
 
 from lowprec.errors import UserError
 from lowprec.optim.adamw import AdamW
-from lowprec.optim.format import MASTERS, STATE_DTYPES
+from lowprec.optim.format import MASTERS, STATE_DTYPES, StateFormat
 from lowprec.optim.groups import decay_groups
 from lowprec.option import option
 
@@ -145,7 +146,7 @@ class AdamWOptions(OptimizerOptions):
                 "bf16, which costs some loss. optimizer.master=split keeps the master exactly for 2 bytes a parameter."
             )
         states = sum(
-            param.numel() * (8 if param.dtype == torch.float32 or self.state_dtype == "fp32" else 4)
+            StateFormat.of("", param, self.state_dtype, self.master, amsgrad=False).nbytes(param.numel())
             for param in trainable
         )
         if isinstance(state_store, SsdStore) and states < SMALL_STATES:
@@ -244,6 +245,11 @@ def build_schedule(
             "optimizer.lr_scheduler_type="
             f"{options.lr_scheduler_type}, which takes {', '.join(accepted) or 'none'} ({error})."
         ) from error
+
+
+def follows_loss(schedule: Any) -> bool:
+    """Whether a schedule takes a step after every evaluation, by its loss, and none after a step of training."""
+    return isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau | GreedyLR)
 
 
 def check_schedule(options: OptimizerOptions, num_steps: int) -> None:

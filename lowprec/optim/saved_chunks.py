@@ -49,7 +49,7 @@ class SavedChunks:
     def fields_of(self, name: str) -> dict[str, Tensor]:
         """The fields of one parameter, flat, in memory of their own; zeros where it was never updated."""
         parameter = self._index[name]
-        fields = gather(self._chunks_of[parameter], self._peek, parameter)
+        fields = gather(self._chunks_of[parameter], self._peek, parameter, may_alias=False)
         return {key: array.clone() for key, array in fields.items()}
 
     def _peek(self, chunk: Chunk) -> Tensor:

@@ -92,8 +92,9 @@ class SsdStore:
             )
         self._next_number = 0
         self._spares: list[Version] = []
+        # Before the files: where memory is refused, none is left behind.
+        self._memory = HostMemory((count + 1) * aligned(largest), self._pin, "lower state_store.pinned_gib")
         self._live: Version | None = self._new_version()
-        self._memory = HostMemory((count + 1) * aligned(largest), self._pin)
         self._num_buffers = count
         self._free = deque(self._memory.take(aligned(largest)) for _ in range(count))
         self._peeked = self._memory.take(aligned(largest))
@@ -147,7 +148,7 @@ class SsdStore:
         loaded = self._readers.submit(self._load, chunk, buffer, self._writing.get(chunk.index))
         future = self._checkers.submit(self._check, chunk, buffer, loaded)
         self._reading[chunk.index] = future
-        future.add_done_callback(lambda _: self._wake())
+        future.add_done_callback(self._read_ended)
 
     def _load(self, chunk: Chunk, buffer: Tensor, pending_write: "Future[None] | None") -> Record:
         if pending_write is not None:
@@ -206,8 +207,10 @@ class SsdStore:
         """
         self._free.append(self._reading.pop(index).result())
 
-    def _wake(self) -> None:
+    def _read_ended(self, future: "Future[Tensor]") -> None:
         with self._changed:
+            # Nobody may ask for this chunk, and a step that waits for its buffer would wait for ever.
+            self._error = self._error or future.exception()
             self._changed.notify_all()
 
     def _result(self, future: "Future[Any]") -> Any:

@@ -63,6 +63,11 @@ def open_store(
         raise UserError(f"state_store={state_store} {'needs a path' if path is None else 'keeps no files'}: {remedy}.")
     numels = {i: params[i].numel() for i in formats}
     if state_store == "gpu":
+        if any(devices[i] != params[i].device for i in formats):
+            raise UserError(
+                "state_store=gpu keeps states beside the weights, and update_on='cpu' asks for updates in host memory: "
+                "choose state_store=cpu or ssd, or update_on='weights'."
+            )
 
         def beside(chunk: Chunk) -> Tensor:
             return torch.empty(chunk.nbytes, dtype=torch.uint8, device=params[chunk.pieces[0].parameter].device)

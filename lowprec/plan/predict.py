@@ -313,10 +313,6 @@ def _disk(recipe: Recipe, trained: list[Trained], states: States) -> int:
     return count * (weights + in_memory) + weights + states.disk
 
 
-def gib_text(nbytes: float) -> str:
-    return f"{nbytes / GIB:.2f} GiB"
-
-
 def parse_gib(text: str) -> float:
     """``8GiB``, ``8GB``, ``8G`` or ``8`` as GiB (GB are 1e9 bytes).
 

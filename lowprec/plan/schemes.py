@@ -13,7 +13,7 @@ from lowprec.layers.bf16 import BF16
 from lowprec.layers.decode_buffer import decode_buffer
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Int8Hadamard
 from lowprec.layers.fused_experts import find_experts
-from lowprec.layers.nf4 import AUTO, NF4, PRODUCTS
+from lowprec.layers.nf4 import AUTO, NF4
 from lowprec.machine import Machine
 from lowprec.ops.scaled_grouped_matmul import CAPABILITY
 
@@ -54,9 +54,8 @@ class NF4WithoutData(NF4):
             linear.weight = self._packed(linear.weight)
         with unset_fake_temporarily():  # the class of the weight that the layer begins with takes no other beside it
             layer: Any = NF4.convert(replace(self, product="bf16"), linear, frozen)
-        scheme = PRODUCTS.get(self.product)
-        if scheme is not None:
-            layer.plan = scheme().plan(layer.in_features, layer.out_features)
+        layer.plan = self.product_plan(layer.in_features, layer.out_features)
+        if layer.plan is not None:
             layer.row_bits = torch.empty(layer.out_features, dtype=torch.int32)
             layer.column_bits = torch.empty(layer.in_features, dtype=torch.int32)
         return layer

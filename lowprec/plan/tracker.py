@@ -7,7 +7,6 @@ the events themselves are kept, not only peaks.
 import sys
 import weakref
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
 from typing import Any
 
 import torch
@@ -82,14 +81,6 @@ class Tracker(TorchDispatchMode):
     def reserve(self, nbytes: int, kind: str) -> None:
         """Something that stays and is no tensor of the trace."""
         self.tape.runs[-1].events.append(2 * self._new(nbytes, kind))
-
-    @contextmanager
-    def keeping(self, keeps: bool) -> Iterator[None]:
-        before, self.keeps = self.keeps, keeps
-        try:
-            yield
-        finally:
-            self.keeps = before
 
     def _meet(self, tensor: torch.Tensor) -> int:
         storage = tensor.untyped_storage()

@@ -80,6 +80,7 @@ class Phases:
         """Steps begin, or go on, at ``at`` (None: now): what came since the last one, an evaluation or a checkpoint,
         belongs to none."""
         self._last_end = at or Mark(self.device)
+        self._disk_wait_s = self._unhidden_s()
 
     @contextmanager
     def waiting(self) -> Iterator[None]:

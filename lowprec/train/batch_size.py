@@ -136,13 +136,14 @@ def states_to_come(recipe: Recipe, model: nn.Module) -> int:
     return sum(nbytes for _, nbytes in states_of(recipe, trained).device)
 
 
-def graphs_to_come(recipe: Recipe, config: Any) -> Callable[[int], int]:
+def graphs_to_come(recipe: Recipe, config: Any, say: Callable[[str], None]) -> Callable[[int], int]:
     """Rows of a micro-batch -> bytes that its layers' graphs hold beside an ordinary step, as predicted. A trial takes
     ordinary steps: layers are recorded when a shape comes for the third time.
 
     Args:
         recipe: settled (:mod:`lowprec.plan.settle`).
         config: of the model.
+        say: is told where the prediction fails; nothing is then added.
     """
     if not in_graphs(recipe):
         return lambda rows: 0
@@ -152,7 +153,8 @@ def graphs_to_come(recipe: Recipe, config: Any) -> Callable[[int], int]:
     def to_come(rows: int) -> int:
         try:
             return max(planner.predict(recipe, rows).total - planner.predict(ordinary, rows).total, 0)
-        except Exception:  # graphs that were asked for, of a model that cannot be traced
+        except Exception as error:  # graphs that were asked for, of a model that cannot be traced
+            say(f"find_batch_size does not count the memory of CUDA graphs: {type(error).__name__}: {error}")
             return 0
 
     return to_come

@@ -100,7 +100,7 @@ class Built:
         self.wrapped = self.accelerator.prepare_model(self.model)
         self.loader = self._loader()
         if options.find_batch_size:
-            to_come = graphs_to_come(choice.of(recipe), self.model.config)
+            to_come = graphs_to_come(choice.of(recipe), self.model.config, self.console.print)
             found = settle_batch_size(
                 recipe, self.folder.resume_from, self.wrapped, self.loader, self.accelerator, to_come
             )

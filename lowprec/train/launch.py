@@ -50,6 +50,11 @@ def start_accelerator(recipe: Recipe) -> tuple[Accelerator, str | None]:
             f"train.offload_embeddings=true is for one process, and there are {accelerator.num_processes}: set it to "
             "false, or launch one process."
         )
+    if recipe.choice("state_store") == "ssd" and accelerator.num_processes > 1:
+        raise UserError(
+            f"state_store=ssd is for one process, and there are {accelerator.num_processes}: choose state_store=gpu or "
+            "cpu, or launch one process."
+        )
     return accelerator, note
 
 

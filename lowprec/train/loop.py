@@ -16,6 +16,7 @@ from lowprec.display import Display, make_console
 from lowprec.errors import UserError
 from lowprec.model import COMPUTE_DTYPE
 from lowprec.optim import AdamW
+from lowprec.optim.options import follows_loss
 from lowprec.profiling.limit import limited
 from lowprec.report import dtypes, peak_memory
 from lowprec.run_folder import RunFolder, Status
@@ -233,10 +234,17 @@ class Run(Built):
     def _fail(self, pending: _Pending, loss: float, grad_norm: float) -> None:
         self.progress["step"] = pending.row["step"] - 1
         self.activations.forget_graphs()
+        applied = "It was not applied to the weights."
+        if isinstance(self.optimizer, AdamW):
+            self.optimizer.stop_updates_in_backward()
+            if self.optimizer.grad_norm is not None:
+                applied = "Weights whose gradients came before it in that backward were updated (max_grad_norm=null)."
+        else:
+            applied = "The weights moved by the remaining momentum at most."
         origin = find_origin(self.model, pending.batch, pending.random_state, self.accelerator)
         raise NonFiniteError(
             f"Step {pending.row['step']} is not finite (loss {loss}, gradient norm {grad_norm}): it arose in the "
-            f"{origin}. It was not applied to the weights. The last good checkpoint: "
+            f"{origin}. {applied} The last good checkpoint: "
             f"{self.recorder.last_checkpoint() or 'none, train.save_steps was not reached'}. A lower "
             "optimizer.learning_rate, a longer optimizer.warmup_ratio, or a look at the samples of that step may help."
         )
@@ -250,8 +258,8 @@ class Run(Built):
                 "some held-out sample. Look at the weights it starts from, and at model.dtype."
             )
         self.progress["eval_loss"] = loss
-        if isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
-            self.schedule.step(loss)
+        if follows_loss(self.schedule):
+            self.schedule.step(loss)  # type: ignore[arg-type]
         if self.accelerator.is_main_process:
             self.progress["answers"] = [
                 answer(self.model, self.tokenizer, prompt.input_ids, options.sample_max_new_tokens, self.accelerator)
@@ -265,9 +273,10 @@ class Run(Built):
         self.recorder.flush()  # the rows up to a checkpoint are not taken again
         last = self.recorder.last_checkpoint()
         keeps = f"{last} stays usable." if last else "There is no older checkpoint."
-        self.state.save(self.folder.checkpoints / f"step-{self.progress['step']}", self.accelerator, keeps)
+        saved = self.folder.checkpoints / f"step-{self.progress['step']}"
+        self.state.save(saved, self.accelerator, keeps)
         if self.accelerator.is_main_process:
-            prune(self.folder.checkpoints, self.recipe.train.save_total_limit)
+            prune(saved, self.recipe.train.save_total_limit)
 
     def _save_final(self) -> None:
         if self.accelerator.is_main_process:

@@ -8,7 +8,7 @@ from accelerate import Accelerator
 from rich.console import Console
 
 from lowprec.checkpoint import MANIFEST, checkpoints
-from lowprec.config import RECIPE_FILE, Recipe
+from lowprec.config import Recipe
 from lowprec.machine import EnergyMeter, run_footprint
 from lowprec.report import hardware, peak_memory, phases, plot_loss, print_summary, speed, versions
 from lowprec.run_folder import RunFolder, Status, read_report
@@ -41,7 +41,7 @@ class Recorder:
             self._earlier = read_report(self.folder.path).get("footprint", {})
         if self.accelerator.is_main_process:
             self.folder.forget_metrics_after(first_step if self.folder.resume_from else -1)
-            (self.folder.path / RECIPE_FILE).write_text(self.recipe.to_yaml(), encoding="utf-8")
+            self.folder.write_recipe(self.recipe.to_yaml())
         self.accelerator.init_trackers("lowprec", config={"recipe": self.recipe.name})
 
     def row(self, row: dict[str, Any]) -> None:

@@ -11,6 +11,7 @@ from torch.nn import functional as F
 
 from lowprec.data.collate import Inputs, shifted, trained_positions
 from lowprec.fused.loss_head import gives_loss
+from lowprec.optim.options import follows_loss
 from lowprec.profiling.phases import Phases
 from lowprec.train.clock import Mark
 
@@ -124,7 +125,7 @@ class TrainStep:
                 if parameter.grad is not None:
                     parameter.grad = torch.where(self.bad > 0, 0, parameter.grad)
         self.optimizer.step()
-        if not isinstance(self.schedule, torch.optim.lr_scheduler.ReduceLROnPlateau):
+        if not follows_loss(self.schedule):
             self.schedule.step()
         self.optimizer.zero_grad(set_to_none=True)
 

@@ -123,3 +123,8 @@ def test_the_tokenizer_s_fingerprint() -> None:
     assert tokenizer_fingerprint(other) != reference
     one.chat_template = "{{ messages }}"
     assert tokenizer_fingerprint(one) != reference
+
+
+def test_data_that_cannot_be_read_are_not_told_as_the_cache(tmp_path: Path) -> None:
+    with pytest.raises(FileNotFoundError, match="chats"):
+        cached(tmp_path / "cache", "key", lambda folder: (tmp_path / "chats.jsonl").read_text())

@@ -8,6 +8,7 @@ from torch import nn
 
 from lowprec.layers import auto
 from lowprec.layers.auto import Auto
+from lowprec.layers.measured import remembered_times, verdict_folder
 from lowprec.machine import named_card
 
 
@@ -80,3 +81,14 @@ def test_rotated_e4m3_is_not_taken_where_it_is_noisier_than_plain(timed, monkeyp
     monkeypatch.setattr(auto, "layer_noise_db", lambda layer, *_: (30.0 + is_rotated(layer),))
     scheme, _ = Auto(tokens=64).choose(nn.Sequential(linear), {"0": (linear, True)}, {})["0"]
     assert scheme is not None and scheme.option_name == "fp8_hadamard"
+
+
+@pytest.mark.parametrize("damaged", ["", '{"key": 1', "[]", "null"])
+def test_a_damaged_file_of_times_is_measured_again(damaged, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    device, times = torch.device("cpu"), {"bf16": 1.0}
+    assert remembered_times(device, "a layer", lambda: times) == times
+    [file] = verdict_folder().iterdir()
+    file.write_text(damaged)
+    assert remembered_times(device, "a layer", lambda: {"bf16": 2.0}) == {"bf16": 2.0}
+    assert remembered_times(device, "a layer", lambda: times) == {"bf16": 2.0}

@@ -7,6 +7,7 @@ from torch import nn
 
 from lowprec.errors import UserError
 from lowprec.layers.nf4 import NF4
+from lowprec.plan.schemes import NF4WithoutData
 from lowprec.testing import sqnr_db
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float16]
@@ -129,3 +130,12 @@ def test_the_same_on_cuda():
     weight = layer.dequantized_weight().double()
     assert sqnr_db(x.detach().double() @ weight.T + layer.bias.detach().double(), y) > 45
     assert sqnr_db(torch.ones_like(y).double() @ weight, x.grad) > 45
+
+
+@pytest.mark.parametrize("shape", [(4096, 1024), (14336, 4096), (64, 64)])
+@pytest.mark.parametrize("product", ["int8", "fp8", "bf16"])
+def test_a_plan_traces_the_product_that_training_runs(product, shape):
+    """Both ask the scheme, whose rotation is the widest that divides the layer."""
+    plan = NF4(product=product).product_plan(*shape)
+    assert plan == NF4WithoutData(product=product).product_plan(*shape)
+    assert (plan is None) == (product == "bf16")

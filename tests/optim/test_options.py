@@ -15,6 +15,7 @@ from lowprec.optim.options import (
     PagedAdamWOptions,
     SsdStore,
     build_schedule,
+    follows_loss,
     schedule_names,
 )
 from lowprec.option import option_names
@@ -120,8 +121,8 @@ def test_every_schedule_of_transformers(name):
         parameter.grad = torch.ones(3)
         optimizer.step()
         rates.append(optimizer.param_groups[0]["lr"])
-        schedule.step(*([1.0] if name in ("reduce_lr_on_plateau", "greedy") else []))
-    without_warmup = name in ("constant", "reduce_lr_on_plateau", "greedy")
+        schedule.step(*([1.0] if follows_loss(schedule) else []))
+    without_warmup = name == "constant" or follows_loss(schedule)
     assert max(rates) == pytest.approx(1e-3, rel=0.05)
     assert rates[0] == 1e-3 if without_warmup else rates[0] < rates[1], rates
 
@@ -132,3 +133,11 @@ def test_schedule_mistakes():
         build_schedule(optimizer, AdamWOptions(lr_scheduler_type="cosine", lr_scheduler_kwargs={"foo": 1}), 10)
     with pytest.raises(UserError, match="warmup_steps=20"):
         build_schedule(optimizer, AdamWOptions(warmup_steps=20), 10)
+
+
+def test_the_warning_of_small_states_on_a_disk_counts_what_is_stored(tmp_path):
+    model = nn.Linear(1024, 1024, bias=False).to(torch.bfloat16)
+    for state_dtype, master, mib in (("fp32", "fp32", "12"), ("int8", "split", "4"), ("fp32", "split", "10")):
+        options = AdamWOptions(state_dtype=state_dtype, master=master)
+        [note] = options.warnings(model, SsdStore(path=str(tmp_path)))
+        assert f"have about {mib} MiB of states" in note

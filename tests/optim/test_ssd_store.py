@@ -1,5 +1,6 @@
 """The ssd store: bounded memory, faults of the disk, checksums, locks, versions that checkpoints link."""
 
+import copy
 import errno
 import json
 import os
@@ -331,3 +332,49 @@ def test_export_is_a_state_dict_of_torch_adamw(tmp_path, state_dtype, master):
     reference.step()
     for mine, theirs in zip(model.parameters(), exact.parameters(), strict=True):
         torch.testing.assert_close(mine.float(), theirs, rtol=2**-8, atol=1e-6)
+
+
+def test_a_state_dict_is_right_with_more_chunks_than_buffers_and_stays_so(tmp_path):
+    def build(**options):
+        torch.manual_seed(0)
+        params = [torch.nn.Parameter(torch.randn(64, 32)) for _ in range(40)]
+        return params, AdamW(params, lr=1e-2, **options)
+
+    def step(params, optimizer, number):
+        for i, param in enumerate(params):
+            param.grad = torch.full_like(param, 1.0 + i + number)
+        optimizer.step()
+
+    small = {"chunk_bytes": 33_000, "pinned_gib": 0.00025}
+    (mine, streamed), (theirs, resident) = build(**ssd(tmp_path, **small)), build()
+    for number in range(2):
+        step(mine, streamed, number)
+        step(theirs, resident, number)
+    found, expected = streamed.state_dict()["state"], copy.deepcopy(resident.state_dict()["state"])
+    step(mine, streamed, 2)
+    assert len(streamed._store.chunks) > 2 * streamed._store._num_buffers
+    for i in expected:
+        assert all(torch.equal(found[i][name], expected[i][name]) for name in expected[i])
+
+
+def test_a_read_ahead_that_fails_does_not_let_a_step_wait_for_ever(tmp_path):
+    disk = FaultyDisk("read", errno.EIO)
+    model, optimizer = start(tmp_path / "states", disk=disk)
+    disk.good_calls = 0
+    optimizer._store.prefetch(optimizer._store.chunks)
+    backward(model, 5)
+    for parameter in list(model.parameters())[:1]:
+        parameter.grad = None  # of chunks that were read ahead, and that nobody asks for
+    with pytest.raises(UserError, match="disk failed"):
+        optimizer.step()
+    optimizer.close()
+
+
+def test_where_host_memory_is_refused_no_file_is_left(tmp_path, monkeypatch):
+    def refuse(*arguments):
+        raise UserError("The system refuses to pin")
+
+    monkeypatch.setattr("lowprec.optim.ssd_store.HostMemory", refuse)
+    with pytest.raises(UserError, match="refuses to pin"):
+        start(tmp_path / "states")
+    assert not list((tmp_path / "states").glob("*.bin"))

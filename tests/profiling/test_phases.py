@@ -57,6 +57,19 @@ def test_what_comes_between_steps_is_no_data_phase_and_waits_for_the_device_are_
         phases.begin()
 
 
+def test_what_is_waited_for_the_disk_between_steps_is_no_step_s():
+    traffic = Traffic()
+    phases = Phases(CPU, traffic)
+    for waited in (0.5, 0.25):
+        phases.begin()
+        phases.on_step_start()
+        phases.enter("optimizer")
+        traffic.unhidden_s += waited
+        phases.leave()
+        assert phases.on_step_end()["disk_wait_ms"] == 1000 * waited
+        traffic.unhidden_s += 3  # a checkpoint
+
+
 def test_a_loop_that_nobody_measures_costs_nothing():
     phases = Phases(CPU)
     phases.enter("forward")

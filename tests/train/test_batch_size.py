@@ -101,15 +101,17 @@ def test_not_even_one_sample_fits(arguments):
 def test_what_graphs_hold_is_kept_free(monkeypatch):
     config = tiny_model("llama", num_hidden_layers=6, hidden_size=256).config
     keys = ["model.model_name_or_path=./nowhere", "data.path=none", "data.max_length=256"]
+    said: list[str] = []
 
     def to_come(*more):
-        return graphs_to_come(resolve("lora", [*keys, *more])[0], config)
+        return graphs_to_come(resolve("lora", [*keys, *more])[0], config, said.append)
 
     few, many = (to_come("train.cuda_graphs=true")(rows) for rows in (1, 16))
     assert 0 < few < many
     assert to_come("train.cuda_graphs=false")(4) == 0
     monkeypatch.setattr("lowprec.plan.Planner.predict", None)  # of a model that cannot be traced nothing is known
-    assert to_come("train.cuda_graphs=true")(4) == 0
+    assert said == [] and to_come("train.cuda_graphs=true")(4) == 0
+    assert "does not count the memory of CUDA graphs: TypeError" in said[0]
 
 
 @pytest.mark.gpu

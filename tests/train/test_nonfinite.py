@@ -11,6 +11,7 @@ from safetensors.torch import load_file, save_file
 from lowprec.activations import keep_activations
 from lowprec.data import StepBatch
 from lowprec.model import Model, load_model, load_tokenizer
+from lowprec.optim import AdamW
 from lowprec.run_folder import read_metrics, read_report
 from lowprec.testing import save_tiny, tiny_model, tiny_tokenizer
 from lowprec.train.nonfinite import NonFiniteError, find_origin
@@ -54,6 +55,12 @@ def test_stops_at_the_step_names_the_layer_and_the_last_checkpoint(optimizer, po
         assert bad_step == 1
 
 
+def test_updates_in_backward_are_told_to_have_begun(poisoned, arguments):
+    keys = ("train.max_steps=30", "train.max_grad_norm=null", "train.gradient_accumulation_steps=1")
+    with pytest.raises(NonFiniteError, match="Weights whose gradients came before it .* were updated"):
+        run("full", arguments(*poisoned, *keys))
+
+
 def test_no_checkpoint_yet_is_said(poisoned, arguments):
     with pytest.raises(NonFiniteError, match=r"none, train\.save_steps was not reached"):
         run("full", arguments(*poisoned, "train.max_steps=30"))
@@ -87,6 +94,23 @@ def test_a_gradient_that_overflows_is_located():
 
     ids = torch.tensor([[0, 1, 2]])
     assert find_origin(Model(), _batch(ids), random_state(), Accelerator(cpu=True)) == "gradient of the output of body"
+
+
+def test_a_parameter_s_gradient_is_located_once_the_optimizer_takes_none_in_backward():
+    class Model(torch.nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.w = torch.nn.Parameter(torch.zeros(5))
+
+        def forward(self, input_ids):
+            return SimpleNamespace(logits=self.w.abs().sqrt().expand(*input_ids.shape, 5))
+
+    model = Model()
+    optimizer = AdamW(model.named_parameters())
+    optimizer.update_in_backward()
+    optimizer.stop_updates_in_backward()
+    found = find_origin(model, _batch(torch.tensor([[0, 1, 2]])), random_state(), Accelerator(cpu=True))
+    assert found == "gradient of w"
 
 
 class _OverflowsInBackward(torch.autograd.Function):

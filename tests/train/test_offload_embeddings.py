@@ -64,12 +64,15 @@ def test_what_trains_all_weights_is_refused_before_anything_is_read():
         resolve("full", [*keys, KEY])
 
 
-def test_several_processes_are_refused(arguments, monkeypatch):
+@pytest.mark.parametrize(
+    ("told", "more"), [("train.offload_embeddings=true", ()), ("state_store=ssd", ("state_store.path=states",))]
+)
+def test_several_processes_are_refused(told, more, arguments, monkeypatch):
     several = SimpleNamespace(num_processes=2, distributed_type=launch._SUPPORTED[-1])
     monkeypatch.setattr(launch, "Accelerator", lambda **keys: several)
-    keys = dict(pair.split("=", 1) for pair in arguments(KEY))
+    keys = dict(pair.split("=", 1) for pair in arguments(told, *more))
     recipe, _ = resolve("lora", [f"{key}={value}" for key, value in keys.items()])
-    with pytest.raises(UserError, match="offload_embeddings=true is for one process, and there are 2"):
+    with pytest.raises(UserError, match=f"{told} is for one process, and there are 2"):
         launch.start_accelerator(recipe)
 
 

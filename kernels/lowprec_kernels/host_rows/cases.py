@@ -9,11 +9,6 @@ class Case:
     vocab: int
     dim: int
 
-    @property
-    def link_bytes(self) -> int:
-        """Over PCIe, for a table in 16 bits: each token's row once, whatever the size of the table."""
-        return 2 * self.tokens * self.dim
-
 
 SMALL = (Case(1, 1, 1), Case(5, 3, 64), Case(33, 272, 80), Case(7, 11, 2500))
 LARGE = (Case(4096, 128256, 4096),)
