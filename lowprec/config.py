@@ -220,7 +220,9 @@ def _check(recipe: Recipe) -> Recipe:
     if adapter == "none" and (weights == "nf4" or any(scheme.option_name == "nf4" for scheme in rules.values())):
         key = "weights=nf4" if weights == "nf4" else "nf4 in wrap.rules"
         raise UserError(f"{key} stores the base in 4 bits, which cannot be trained: add adapter=lora, or choose bf16.")
-    if recipe.wrap.calibration_samples and not any(hasattr(s, "choose") for s in (recipe.weights, *rules.values())):
+    if recipe.wrap.calibration_samples and not any(
+        getattr(s, "chooses", False) for s in (recipe.weights, *rules.values())
+    ):
         raise UserError(
             f"wrap.calibration_samples={recipe.wrap.calibration_samples} has no effect with weights={weights}, which "
             "chooses nothing by measurement: set weights=auto, or remove it."

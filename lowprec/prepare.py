@@ -78,6 +78,7 @@ def wrap(
     device: torch.device | str | None = None,
     use_liger_kernel: bool = True,
     in_graphs: bool = False,
+    choices: "Mapping[str, WeightScheme | None] | None" = None,
 ) -> WrapReport:
     """Convert the linear layers of ``model`` in place, put fused kernels on its other parts, and say what was done.
 
@@ -101,6 +102,8 @@ def wrap(
             ``device`` can run them.
         in_graphs: the layers will be replayed as CUDA graphs, so schemes that choose by measurement compare the
             device's time alone, without the host's.
+        choices: an earlier report's ``choices``. Where it names all layers of a scheme that chooses, nothing is
+            measured and they are taken again, so that a resumed run has the layers that it began with.
 
     Returns:
         A report with one row for each linear layer and each weight of fused experts, and what became of the other
@@ -133,7 +136,9 @@ def wrap(
     def is_frozen(name: str) -> bool:
         return (not linears[name].weight.requires_grad) if frozen is None else frozen
 
-    _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration, device, in_graphs)
+    chosen_now = _let_auto_choose(
+        model, linears, schemes, reasons, is_frozen, calibration, device, in_graphs, choices or {}
+    )
     rows = []
     for name in list(linears):
         row, layer_is_frozen = _row(name, linears[name]), is_frozen(name)
@@ -145,7 +150,8 @@ def wrap(
         rows.append(row)
     rows += _convert_experts(model, parameters, lambda name: rule_of(name) or default, frozen, device)
     notes = [NO_ADAPTER] if any(row.converted and len(row.shape) == 3 for row in rows) else []
-    report = WrapReport(rows, parameters, notes, fuse(model, _device_of(model, device), use_liger_kernel))
+    fused = fuse(model, _device_of(model, device), use_liger_kernel)
+    report = WrapReport(rows, parameters, notes, fused, chosen_now)
     _check_result(report, default, chosen)
     return report
 
@@ -195,18 +201,27 @@ def _convert(model: nn.Module, row: LinearRow, linear: nn.Module, scheme: Weight
     row.rotation_block = getattr(converted, "rotation_block", None)
 
 
-def _let_auto_choose(model, linears, schemes, reasons, is_frozen, calibration, device, in_graphs) -> None:
-    """Replace the schemes that choose by themselves (they have ``choose``) by what they choose for each layer."""
-    choosers = {id(scheme): scheme for scheme in schemes.values() if hasattr(scheme, "choose")}
+def _let_auto_choose(
+    model, linears, schemes, reasons, is_frozen, calibration, device, in_graphs, choices
+) -> dict[str, WeightScheme | None]:
+    """Replace the schemes that choose by themselves (``chooses``) by what they choose for each layer, or chose
+    before; returns their choices."""
+    made: dict[str, WeightScheme | None] = {}
+    choosers = {id(scheme): scheme for scheme in schemes.values() if getattr(scheme, "chooses", False)}
     for chooser in choosers.values():
         mine = {name: (_as_linear(linears[name]), is_frozen(name)) for name, s in schemes.items() if s is chooser}
-        verdicts = _of_main_process(chooser.choose(model, mine, calibration, device, in_graphs))
+        if mine.keys() <= choices.keys():
+            verdicts = {name: (choices[name], "as it was chosen before") for name in mine}
+        else:
+            verdicts = _of_main_process(chooser.choose(model, mine, calibration, device, in_graphs))
+        made |= {name: scheme for name, (scheme, _) in verdicts.items()}
         for name, (scheme, reason) in verdicts.items():
             reasons[name] = reason
             if scheme is None:
                 del schemes[name]
             else:
                 schemes[name] = scheme
+    return made
 
 
 def _of_main_process(verdicts: dict) -> dict:

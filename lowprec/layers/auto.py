@@ -56,6 +56,11 @@ class Auto:
 
     convert = kernel = why_not
 
+    @property
+    def chooses(self) -> bool:
+        """Whether ``wrap`` asks ``choose``."""
+        return True
+
     def choose(
         self,
         model: nn.Module,

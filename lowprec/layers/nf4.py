@@ -105,6 +105,11 @@ class NF4:
         name = "fp8" if plan.dtype == FP8 else "int8, rotated"
         return f"decoded to {name} ({device})"
 
+    @property
+    def chooses(self) -> bool:
+        """Whether ``wrap`` asks ``choose``."""
+        return self.product == AUTO
+
     def choose(
         self,
         model: nn.Module,
@@ -114,8 +119,6 @@ class NF4:
         in_graphs: bool = False,
     ) -> dict[str, tuple["NF4", str]]:
         """Layer name -> the scheme with its product settled, and what was measured."""
-        if self.product != AUTO:
-            return dict.fromkeys(linears, (self, ""))
         samples = record(model, linears, calibration) if calibration is not None else {}
         known: dict[tuple, tuple[NF4, str]] = {}
         verdicts = {}

@@ -8,6 +8,7 @@ from rich.table import Table
 from rich.text import Text
 
 from lowprec.fused.report import FusedRow
+from lowprec.layers.base import WeightScheme
 
 BF16 = "bf16"
 
@@ -47,6 +48,8 @@ class WrapReport:
     notes: list[str] = field(default_factory=list)
     fused: list[FusedRow] = field(default_factory=list)
     """Norms, MLPs, rotary embeddings and the loss: which kernel computes them, or why none does."""
+    choices: dict[str, WeightScheme | None] = field(default_factory=dict)
+    """Layer -> the scheme that one which chooses took for it, None for 16 bits. ``wrap`` takes them again."""
 
     def counts(self) -> dict[str, int]:
         """Scheme -> number of layers."""

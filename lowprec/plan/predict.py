@@ -166,7 +166,9 @@ class Planner:
         more = min(recipe.train.gradient_accumulation_steps, 2)
         untold = {name: getattr(_ANY_TRAIN, name) for name in NOT_TRACED}
         # Graphs repeat the same step; what is measured before it is compared with them or without.
-        measures = any(hasattr(s, "choose") for s in (recipe.weights, *recipe.wrap.schemes(recipe.weights).values()))
+        measures = any(
+            getattr(s, "chooses", False) for s in (recipe.weights, *recipe.wrap.schemes(recipe.weights).values())
+        )
         graphs = measures and in_graphs(recipe)
         train = replace(recipe.train, gradient_accumulation_steps=more, cuda_graphs=graphs, **untold)
         recipe = self._settled(recipe)

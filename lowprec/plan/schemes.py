@@ -13,7 +13,7 @@ from lowprec.layers.bf16 import BF16
 from lowprec.layers.decode_buffer import decode_buffer
 from lowprec.layers.eight_bit_schemes import EightBit, Fp8, Int8Hadamard
 from lowprec.layers.fused_experts import find_experts
-from lowprec.layers.nf4 import AUTO, NF4
+from lowprec.layers.nf4 import NF4
 from lowprec.machine import Machine
 from lowprec.ops.scaled_grouped_matmul import CAPABILITY
 
@@ -37,8 +37,6 @@ class NF4WithoutData(NF4):
     def choose(
         self, model: nn.Module, linears: dict, calibration: Any, device: Any = None, in_graphs: bool = False
     ) -> dict:
-        if self.product != AUTO:
-            return dict.fromkeys(linears, (self, ""))
         return {name: (self._fastest(linear, in_graphs), PREDICTED) for name, (linear, _) in linears.items()}
 
     def _fastest(self, linear: nn.Linear, in_graphs: bool) -> "NF4WithoutData":

@@ -25,7 +25,7 @@ from lowprec.train.calibration import calibration_batch
 from lowprec.train.compile import compile_layers
 from lowprec.train.options import AUTO
 from lowprec.train.recorder import Recorder
-from lowprec.train.resume import stored_graphs
+from lowprec.train.resume import choices_to_json, stored_choices, stored_graphs
 from lowprec.train.state import TrainState
 from lowprec.train.step import TrainStep
 
@@ -74,7 +74,9 @@ class Built:
             device=device,
             use_liger_kernel=options.use_liger_kernel,
             in_graphs=choice.graphs,
+            choices=stored_choices(self.folder.resume_from) if self.folder.resume_from else None,
         )
+        self.progress["choices"] = choices_to_json(layers.choices)
         plain = [f"All {len(layers.rows)} linear layers stay in {recipe.model.dtype}.", *layers.fused_lines()]
         self.console.print(layers if layers.converted else "\n".join(plain), markup=False, highlight=False)
         self.model = recipe.adapter.attach(self.model)

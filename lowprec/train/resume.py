@@ -1,13 +1,18 @@
 """Whether a checkpoint belongs to the recipe that resumes it, what has changed since, and what there is to do."""
 
+import json
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from lowprec.config import RECIPE_FILE, Recipe
 from lowprec.errors import UserError
+from lowprec.layers.base import WeightScheme
 from lowprec.run_folder import read_report
+from lowprec.train.state import PROGRESS
 
 _HARMLESS = ("name", "defaults", "train.output_dir", "train.resume_from_checkpoint", "train.save_steps",
              "train.save_total_limit", "train.eval_steps", "train.eval_max_samples", "train.num_sample_answers",
@@ -80,6 +85,26 @@ def stored_graphs(checkpoint: Path) -> bool:
     """What ``train.cuda_graphs`` was, settled, for the run that wrote a checkpoint: rows are padded by it."""
     stored = _flat(OmegaConf.to_container(OmegaConf.create((checkpoint / RECIPE_FILE).read_text())))
     return stored.get("train.cuda_graphs") is True
+
+
+def choices_to_json(choices: Mapping[str, WeightScheme | None]) -> dict[str, Any]:
+    """What weight schemes that choose chose for each layer, for a checkpoint's ``progress``."""
+    return {
+        layer: scheme and {"name": scheme.option_name, "fields": OmegaConf.to_container(OmegaConf.structured(scheme))}
+        for layer, scheme in choices.items()
+    }
+
+
+def stored_choices(checkpoint: Path) -> dict[str, WeightScheme | None]:
+    """The choices that a checkpoint holds, for ``wrap``: times on another machine, or of another day, would choose
+    other layers."""
+
+    def scheme(kept: dict[str, Any]) -> Any:
+        node = ConfigStore.instance().load(f"weights/{kept['name']}.yaml").node
+        return OmegaConf.to_object(OmegaConf.merge(node, kept["fields"]))
+
+    progress = json.loads((checkpoint / PROGRESS).read_text())["progress"]
+    return {layer: kept and scheme(kept) for layer, kept in progress.get("choices", {}).items()}
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -42,6 +42,24 @@ def test_auto_judges_noise_on_samples_of_the_data(arguments, tmp_path, monkeypat
         assert rows and all(("on normal numbers" in row["reason"]) == said for row in rows)
 
 
+def test_a_resumed_run_keeps_what_auto_chose_whatever_is_faster_now(arguments, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "cache"))
+    times = {"bf16": 9.0, "fp8": 2.0, "fp8_hadamard": 3.0, "int8_hadamard": 4.0}
+    monkeypatch.setattr("lowprec.layers.auto.remembered_times", lambda *arguments: times)
+    run("lora", arguments("weights=auto", "train.max_steps=2", "train.save_steps=1"))
+    before = read_report(tmp_path / "run")["wrap"]["linears"]
+    assert {row["scheme"] for row in before} >= {"bf16", "fp8"}
+    times = {"bf16": 1.0, "fp8": 2.0, "fp8_hadamard": 3.0, "int8_hadamard": 4.0}
+    checkpoint = tmp_path / "run" / "checkpoints" / "step-1"
+    again = ("weights=auto", "train.max_steps=2", f'train.resume_from_checkpoint="{checkpoint}"')
+    run("lora", arguments(*again, output="again"))
+    after = read_report(tmp_path / "again")["wrap"]["linears"]
+    assert [(row["name"], row["scheme"], row["kernel"]) for row in after] == [
+        (row["name"], row["scheme"], row["kernel"]) for row in before
+    ]
+    assert any(row["reason"] == "as it was chosen before" for row in after)
+
+
 @pytest.mark.parametrize(
     ("overrides", "named"),
     [
