@@ -88,17 +88,6 @@ def rows_of_chunk(classes: int, itemsize: int, trained: bool) -> int:
     return max(128, budget // (classes * itemsize) // 128 * 128)
 
 
-def scaled_(tensor: torch.Tensor, factor: torch.Tensor) -> torch.Tensor:
-    """``tensor`` times a 0-dim fp32 or fp64 factor, in place, rounded once. To round the factor, one over a number of
-    tokens, to bf16 first would scale every gradient of a step by up to 0.4 % alike."""
-    if tensor.dtype in (torch.bfloat16, torch.float16):
-        unused = torch.zeros((), device=tensor.device)
-        torch._amp_foreach_non_finite_check_and_unscale_([tensor], unused, factor.float())
-        torch.autograd.graph.increment_version(tensor)  # which that operation forgets
-        return tensor
-    return tensor.mul_(factor)
-
-
 class _LinearCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, hidden, weight, bias, targets, scale, softcap, rows) -> torch.Tensor:
@@ -110,10 +99,10 @@ class _LinearCrossEntropy(torch.autograd.Function):
     def backward(ctx: Any, grad: torch.Tensor):  # type: ignore[override]
         hidden, weight, bias = ctx.saved_tensors
         return (
-            None if hidden is None else scaled_(hidden.clone(), grad),
+            None if hidden is None else hidden * grad.to(hidden.dtype),
             # In place: a second copy would be the largest tensor of a step. Autograd refuses a second backward by it.
-            None if weight is None else scaled_(weight, grad),
-            None if bias is None else scaled_(bias.clone(), grad),
+            None if weight is None else weight.mul_(grad.to(weight.dtype)),
+            None if bias is None else bias * grad.to(bias.dtype),
             *[None] * 4,
         )
 
