@@ -37,7 +37,7 @@ def atomic_folder(
         UserError: the disk is full, before or while writing; the temporary folder is removed.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    _require_space(target, needed_bytes, keeps)
+    require_space(target, needed_bytes, keeps)
     writing = target.parent / f"{_TEMPORARY}{target.name}"
     shutil.rmtree(writing, ignore_errors=True)
     writing.mkdir()
@@ -48,7 +48,7 @@ def atomic_folder(
         written = sum(file.stat().st_size for file in writing.rglob("*") if file.is_file())
         shutil.rmtree(writing, ignore_errors=True)
         if is_disk_full(error):
-            raise UserError(_disk_full(target, max(needed_bytes - written, 1), keeps)) from error
+            raise UserError(_disk_full(target, needed_bytes - written, keeps)) from error
         raise
     if target.exists():
         # A rename cannot replace a folder that holds files; the old one steps aside first.
@@ -148,7 +148,8 @@ def _fsync(path: Path) -> None:
         os.close(descriptor)
 
 
-def _require_space(target: Path, needed_bytes: int, keeps: str) -> None:
+def require_space(target: Path, needed_bytes: int, keeps: str) -> None:
+    """Raises UserError where the disk of ``target`` has less room, and says what stays usable (``keeps``)."""
     missing = needed_bytes - shutil.disk_usage(target.parent).free
     if missing > 0:
         raise UserError(_disk_full(target, missing, keeps))
@@ -156,7 +157,8 @@ def _require_space(target: Path, needed_bytes: int, keeps: str) -> None:
 
 def _disk_full(target: Path, missing: int, keeps: str) -> str:
     kept = f" {keeps}" if keeps else ""
-    return f"The disk is full: {target} needs at least {missing:,} bytes more on {target.parent}.{kept}"
+    more = f"at least {missing:,} bytes more" if missing > 0 else "more room"
+    return f"The disk is full: {target} needs {more} on {target.parent}.{kept}"
 
 
 def is_disk_full(error: BaseException) -> bool:

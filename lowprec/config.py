@@ -215,6 +215,14 @@ def _build(config: DictConfig) -> Recipe:
 
 def _check(recipe: Recipe) -> Recipe:
     """Contradictions between groups, found before any weight is loaded. Each message names the key that mends it."""
+    named = {
+        "model.model_name_or_path": recipe.model.model_name_or_path,
+        "data.path": recipe.data.path,
+        "train.output_dir": recipe.train.output_dir,
+    }
+    for key, value in named.items():
+        if not str(value).strip():
+            raise UserError(f"{key} is empty: give it a value. (A shell variable that is not set leaves it so.)")
     weights, adapter, train, data = recipe.choice("weights"), recipe.choice("adapter"), recipe.train, recipe.data
     rules = recipe.wrap.schemes(recipe.weights)
     if adapter == "none" and (weights == "nf4" or any(scheme.option_name == "nf4" for scheme in rules.values())):

@@ -112,6 +112,8 @@ def wrap(
     Raises:
         UserError: an unknown scheme, a rule that matches nothing, or no layer that could be converted.
     """
+    if not isinstance(model, nn.Module):
+        raise UserError(f"wrap takes a loaded model, not {model!r}: load it first (AutoModelForCausalLM).")
     default = as_scheme(weights)
     chosen = {pattern: as_scheme(scheme) for pattern, scheme in (rules or {}).items()}
     linears = dict(find_linears(model))

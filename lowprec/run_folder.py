@@ -53,8 +53,14 @@ class RunFolder:
 
     def append_metrics(self, *rows: dict[str, Any]) -> None:
         """Add rows to ``metrics.jsonl``: ``step`` and what was measured at it."""
-        with (self.path / METRICS).open("a") as file:
-            file.write("".join(json.dumps(row) + "\n" for row in rows))
+        file = self.path / METRICS
+        before = file.stat().st_size if file.exists() else 0
+        try:
+            with file.open("a") as appended:
+                appended.write("".join(json.dumps(row) + "\n" for row in rows))
+        except OSError:
+            os.truncate(file, before)  # a full disk takes a part of a line
+            raise
 
     def metrics(self) -> list[dict[str, Any]]:
         return read_metrics(self.path)
@@ -98,7 +104,12 @@ def open_run(output_dir: str, resume_from_checkpoint: str | None) -> RunFolder |
         raise UserError(
             f"train.output_dir={output_dir} cannot be written ({error.strerror}). Choose another."
         ) from error
-    _claim(lock, path)
+    try:
+        _claim(lock, path)
+    except OSError as error:
+        raise UserError(
+            f"train.output_dir={output_dir} cannot be written ({error.strerror}). Choose another."
+        ) from error
     remove_unfinished(path)
     remove_unfinished(path / "checkpoints")
     folder = RunFolder(path, None, [], lock)
@@ -111,15 +122,18 @@ def open_run(output_dir: str, resume_from_checkpoint: str | None) -> RunFolder |
             folder.messages.append(f"The run is marked as finished, but {wrong}; going on from its checkpoints.")
         folder.resume_from, complaints = newest_whole(folder.checkpoints)
         folder.messages += [f"Passing over a damaged checkpoint: {wrong}." for wrong in complaints]
-        if folder.resume_from is None and folder.final.exists() is False and complaints == []:
-            folder.messages.append("There is nothing to resume; beginning from the start.")
+        if folder.resume_from is None:
+            what = "No checkpoint here is whole" if complaints else f"There is nothing to resume in {path}"
+            folder.messages.append(f"{what}; beginning from the start.")
     elif resume_from_checkpoint is not None:
         folder.resume_from = Path(resume_from_checkpoint)
         wrong = damage(folder.resume_from)
         if wrong is not None:
+            inside, _ = newest_whole(folder.resume_from / "checkpoints")
+            remedy = f"Its newest checkpoint is {inside}" if inside else "Name another checkpoint folder (step-N)"
             raise UserError(
-                f"train.resume_from_checkpoint={resume_from_checkpoint} cannot be used: {wrong}. Name another "
-                "checkpoint folder (step-N), or auto for the newest whole one."
+                f"train.resume_from_checkpoint={resume_from_checkpoint} cannot be used: {wrong}. {remedy}, or set auto "
+                "for the newest whole one of train.output_dir."
             )
         _refuse_branching(folder, folder.resume_from)
     return folder

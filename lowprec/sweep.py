@@ -41,6 +41,13 @@ def sweep(recipe: str, overrides: Sequence[str]) -> int:
     if "train.output_dir" in varied:
         raise UserError("A sweep makes a folder for each run below train.output_dir: give that one value.")
     folders = [Path(str(resolve(recipe, run)[0].train.output_dir), _folder_name(run, varied)) for run in runs]
+    if not any(_value(run, "train.resume_from_checkpoint") for run in runs):
+        taken = [str(folder) for folder in folders if folder.is_dir() and any(folder.iterdir())]
+        if taken:
+            raise UserError(
+                f"{', '.join(taken)} {'is' if len(taken) == 1 else 'are'} not empty. Add "
+                "train.resume_from_checkpoint=auto to go on with that sweep, or choose another train.output_dir."
+            )
     console, codes = make_console(), []
     for number, (run, folder) in enumerate(zip(runs, folders, strict=True), 1):
         told = " ".join(f"{key}={_value(run, key)}" for key in varied)

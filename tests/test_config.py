@@ -189,3 +189,15 @@ def test_what_is_below_a_dict_is_free(written, tmp_path):
 def test_nested_option_fields_survive_the_round_trip():
     recipe, _ = resolve("lora", [*MODEL_AND_DATA, "adapter.target_modules=[q_proj,v_proj]"])
     assert OmegaConf.create(recipe.to_yaml()).adapter.target_modules == ["q_proj", "v_proj"]
+
+
+@pytest.mark.parametrize("key", ["model.model_name_or_path", "data.path", "train.output_dir"])
+def test_what_a_shell_variable_left_empty_is_named(key):
+    given = {"model.model_name_or_path": "x", "data.path": "y", key: ""}
+    with pytest.raises(UserError, match=rf"{key} is empty"):
+        resolve("lora", [f"{name}={value}" for name, value in given.items()])
+
+
+def test_a_seed_that_no_generator_takes_is_named():
+    with pytest.raises(UserError, match=r"train\.seed=-1"):
+        resolve("lora", ["model.model_name_or_path=x", "data.path=y", "train.seed=-1"])

@@ -260,3 +260,8 @@ def test_trl_sft_trainer_with_lora(tmp_path):
     assert len(logged) == 4 and logged[-1] < logged[0]
     moved = [p for name, p in trainer.model.named_parameters() if "lora_B" in name and p.abs().sum() > 0]
     assert moved
+
+
+def test_a_name_in_place_of_a_model_is_told():
+    with pytest.raises(UserError, match="takes a loaded model"):
+        wrap("./tiny", "fp8")

@@ -1,7 +1,9 @@
+import errno
 import json
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 
@@ -102,3 +104,33 @@ def test_a_checkpoint_of_another_run_is_not_taken_up_in_a_folder_with_a_run_of_i
     checkpoint(tmp_path / "other" / own)
     with pytest.raises(UserError, match=rf"has {Path(own).name} of a run of its own.*another train\.output_dir"):
         open_run(str(tmp_path / "other"), str(tmp_path / "one" / "checkpoints" / "step-9"))
+
+
+def test_a_full_disk_leaves_the_rows_that_were_there_whole(tmp_path, monkeypatch):
+    folder = open_run(str(tmp_path), None)
+    assert folder is not None
+    folder.append_metrics({"step": 1, "loss": 1.0})
+
+    def dumps(row):
+        if row["step"] == 3:
+            raise OSError(errno.ENOSPC, "No space left on device")
+        return json.dumps(row)
+
+    with monkeypatch.context() as patch, pytest.raises(OSError, match="No space"):
+        patch.setattr("lowprec.run_folder.json", SimpleNamespace(dumps=dumps))
+        folder.append_metrics({"step": 2, "loss": 1.0}, {"step": 3, "loss": 1.0})
+    folder.append_metrics({"step": 2, "loss": 1.0})
+    assert [row["step"] for row in read_metrics(tmp_path)] == [1, 2]
+
+
+def test_a_run_folder_given_as_a_checkpoint_names_its_newest(tmp_path):
+    checkpoint(tmp_path / "one" / "checkpoints" / "step-9")
+    with pytest.raises(UserError, match=r"Its newest checkpoint is .*step-9"):
+        open_run(str(tmp_path / "two"), str(tmp_path / "one"))
+
+
+def test_starting_over_is_said(tmp_path):
+    assert "nothing to resume" in open_run(str(tmp_path), "auto").messages[0]
+    checkpoint(tmp_path / "checkpoints" / "step-9")
+    (tmp_path / "checkpoints" / "step-9" / "manifest.json").write_text("{")
+    assert open_run(str(tmp_path), "auto").messages[-1] == "No checkpoint here is whole; beginning from the start."

@@ -21,7 +21,7 @@ from safetensors.torch import save_file
 from transformers import AutoTokenizer, GenerationConfig, PreTrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
 
 from lowprec.adapter import quiet_peft
-from lowprec.checkpoint import atomic_folder
+from lowprec.checkpoint import MANIFEST, atomic_folder, damage
 from lowprec.config import RECIPE_FILE, Recipe, resolve
 from lowprec.errors import UserError
 from lowprec.merge.base_tensors import INDEX, SINGLE, BaseTensors, FileTensors, LoadedTensors
@@ -94,13 +94,16 @@ def merge(
         text: what the logits are compared on; by default documentation of Python's standard library.
 
     Raises:
-        UserError: no adapter is there, it does not fit the base, the base is not found, the output exists, or the disk
-            has no room.
+        UserError: no adapter is there, it is not as its manifest says, it does not fit the base, the base is not found,
+            the output exists, or the disk has no room.
     """
     output = Path(output)
     if output.exists() and (not output.is_dir() or any(output.iterdir())):
         raise UserError(f"{output} exists and is not empty. Name another output folder, or remove it.")
     adapter, run = _find_adapter(Path(adapter_or_run_folder))
+    wrong = damage(adapter) if (adapter / MANIFEST).exists() else None
+    if wrong is not None:
+        raise UserError(f"{adapter} is damaged: {wrong}. Take another copy, or resume its run, which writes it again.")
     recipe = resolve(str(run / RECIPE_FILE))[0] if run is not None else None
     options = _base_options(adapter, recipe, base, dtype)
     source, config = _find_base(options)

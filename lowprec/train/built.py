@@ -43,6 +43,7 @@ class Built:
             "trained_tokens": 0,
             "eval_loss_before": None,
             "eval_loss": None,
+            "eval_step": 0,
             "answers_before": [],
             "answers": [],
         }

@@ -1,4 +1,4 @@
-"""SIGTERM and Ctrl-C: finish the step, save, leave. A second Ctrl-C stops at once."""
+"""SIGTERM, SIGHUP and Ctrl-C: finish the step, save, leave. A second Ctrl-C stops at once."""
 
 import os
 import signal
@@ -29,7 +29,8 @@ class StopRequest:
 
 @contextmanager
 def stop_on_signals() -> Iterator[StopRequest]:
-    """Catch SIGTERM and SIGINT while the body runs, and say so at once: a step may take long."""
+    """Catch SIGTERM, SIGHUP (a terminal that closes) and SIGINT while the body runs, and say so at once: a step may
+    take long."""
     request = StopRequest()
     interrupts_left = 2 if _LAUNCHER in os.environ else 1
 
@@ -44,7 +45,7 @@ def stop_on_signals() -> Iterator[StopRequest]:
         with suppress(OSError):  # nobody may be reading any more; print is not safe here: one could be under way
             os.write(2, _TOLD.format(request.signal_name).encode())
 
-    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGINT)}
+    previous = {number: signal.signal(number, handle) for number in (signal.SIGTERM, signal.SIGHUP, signal.SIGINT)}
     try:
         yield request
     finally:

@@ -9,7 +9,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from lowprec.checkpoint import atomic_folder, is_disk_full, prune
+from lowprec.checkpoint import atomic_folder, is_disk_full, prune, require_space
 from lowprec.config import Recipe
 from lowprec.data import StepBatch
 from lowprec.display import Display, make_console
@@ -155,9 +155,21 @@ class Run(Built):
                     "set train.max_steps to at least that."
                 )
             self.console.print(f"Resuming after step {self.progress['step']} from {checkpoint}.", markup=False)
+        else:
+            require_space(self.folder.final, self._bytes_to_save(), "Nothing is trained yet.")
         self._has_begun = True
         self.recorder.begin(self.progress["step"])
         self.recorder.report(Status.RUNNING, self.progress)
+
+    def _bytes_to_save(self) -> int:
+        """Of ``final/``, and of the first checkpoint where some are to be written."""
+        weights = sum(tensor.nbytes for tensor in trainable(self.model).values())
+        if self.recipe.train.save_steps is None:
+            return weights
+        states = 0
+        if isinstance(self.optimizer, AdamW) and self.recipe.choice("state_store") != "ssd":  # which has taken its room
+            states = int(self.optimizer.statistics()["states_gib"] * 2**30)
+        return 2 * weights + states
 
     def _take_steps(self) -> bool:
         """Train until the last step, or until all processes know that one was asked to stop: then return True.
@@ -257,7 +269,7 @@ class Run(Built):
                 f"The held-out loss at step {self.progress['step']} is {loss}: the model gives no finite logits for "
                 "some held-out sample. Look at the weights it starts from, and at model.dtype."
             )
-        self.progress["eval_loss"] = loss
+        self.progress.update(eval_loss=loss, eval_step=self.progress["step"])
         if follows_loss(self.schedule):
             self.schedule.step(loss)  # type: ignore[arg-type]
         if self.accelerator.is_main_process:

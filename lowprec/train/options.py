@@ -68,6 +68,8 @@ class Train:
 
     def __post_init__(self) -> None:
         self.gradient_checkpointing = _policy(self.gradient_checkpointing)
+        if not 0 <= self.seed < 2**32:
+            raise UserError(f"train.seed={self.seed} must be from 0 to {2**32 - 1}.")
         if self.torch_compile and self.gradient_checkpointing not in ("none", "full"):
             raise UserError(
                 f"train.torch_compile=true does not work with train.gradient_checkpointing="

@@ -7,7 +7,7 @@ import torch
 from accelerate import Accelerator
 from rich.console import Console
 
-from lowprec.checkpoint import MANIFEST, checkpoints
+from lowprec.checkpoint import MANIFEST, checkpoints, is_disk_full
 from lowprec.config import Recipe
 from lowprec.machine import EnergyMeter, run_footprint
 from lowprec.report import hardware, peak_memory, phases, plot_loss, print_summary, speed, versions
@@ -30,6 +30,7 @@ class Recorder:
         self._gpus = _gpus(accelerator)
         self._meter = EnergyMeter(self._gpus)
         self._earlier: dict[str, Any] = {}
+        self._disk_was_full = False
 
     def begin(self, first_step: int) -> None:
         """Write the resolved recipe, and drop what an earlier run measured at steps that will be taken again.
@@ -54,10 +55,20 @@ class Recorder:
             self.flush()
 
     def flush(self) -> None:
-        """Write the rows that are due."""
+        """Write the rows that are due. A full disk ends no run here: they are kept for the next time."""
         due, self._due = self._due, []
         if due and self.accelerator.is_main_process:
-            self.folder.append_metrics(*due)
+            try:
+                self.folder.append_metrics(*due)
+            except OSError as error:
+                if not is_disk_full(error):
+                    raise
+                if not self._disk_was_full:
+                    text = f"The disk of {self.folder.path} is full: training goes on, but make room before it saves."
+                    self.console.print(f"[yellow]Note:[/] {text}", highlight=False)
+                self._disk_was_full, self._due, self._written_at = True, due, time.monotonic()
+                return
+            self._disk_was_full = False
         newest = max((row["step"] for row in due if "loss" in row), default=None)
         for row in due:
             if "loss" not in row or row["step"] == newest:
@@ -73,7 +84,7 @@ class Recorder:
             "recipe": self.recipe.name,
             "steps": progress["step"],
             "eval_loss_before": progress["eval_loss_before"],
-            "eval_loss_after": progress["eval_loss"],
+            "eval_loss_after": progress["eval_loss"] if progress["eval_step"] else None,
             "train_tokens": progress["trained_tokens"],
             "tokens_per_second": None,
             "step_time_ms_p50": None,

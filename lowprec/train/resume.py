@@ -41,13 +41,7 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
     Raises:
         UserError: the checkpoint's weights or states do not fit this recipe.
     """
-    stored = OmegaConf.to_container(OmegaConf.create((checkpoint / RECIPE_FILE).read_text()))
-    mine = OmegaConf.to_container(OmegaConf.create(recipe.to_yaml()))
-    before, now = _flat(stored), _flat(mine)
-    before |= _choices(stored)
-    now |= _choices(mine)
-    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in _HARMLESS]
-    changed = [key for key in changed if not key.startswith("profile.")]  # how it is measured changes no number
+    before, now, changed = _changes(recipe, checkpoint / RECIPE_FILE)
     binding = [key for key in changed if (key.startswith(_BINDING) and key not in _ROUNDING) or key == "optimizer"]
     if binding:
         told = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} now)" for key in binding)
@@ -61,6 +55,15 @@ def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
     ]
 
 
+def _changes(recipe: Recipe, file: Path) -> tuple[dict[str, Any], dict[str, Any], list[str]]:
+    """The keys of a stored recipe and of this one, and those that differ and change numbers."""
+    stored = OmegaConf.to_container(OmegaConf.create(file.read_text()))
+    mine = OmegaConf.to_container(OmegaConf.create(recipe.to_yaml()))
+    before, now = _flat(stored) | _choices(stored), _flat(mine) | _choices(mine)
+    changed = [key for key in sorted(before | now) if before.get(key) != now.get(key) and key not in _HARMLESS]
+    return before, now, [key for key in changed if not key.startswith("profile.")]  # how it is measured changes nothing
+
+
 def nothing_to_do(recipe: Recipe) -> str:
     """What the user is told of a run folder whose run is finished."""
     steps = read_report(Path(str(recipe.train.output_dir))).get("steps")
@@ -70,6 +73,12 @@ def nothing_to_do(recipe: Recipe) -> str:
             f" train.max_steps={recipe.train.max_steps} was not applied: to train on, resume from a checkpoint of this "
             "run into another train.output_dir."
         )
+    stored = Path(str(recipe.train.output_dir), RECIPE_FILE)
+    if stored.is_file():
+        before, now, changed = _changes(recipe, stored)
+        told = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} asked for)" for key in changed
+                         if key not in ("train.max_steps", "train.cuda_graphs"))  # fmt: skip
+        text += f" Not applied: {told}." if told else ""
     return text
 
 

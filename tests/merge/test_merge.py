@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from lowprec.adapter import Lora
+from lowprec.checkpoint import atomic_folder
 from lowprec.errors import UserError
 from lowprec.layers.nf4 import NF4
 from lowprec.merge import base_tensors, merge, run
@@ -272,3 +273,13 @@ def test_a_4bit_base_asks_for_the_16bit_one(tmp_path):
     config["quantization_config"] = {"quant_method": "bitsandbytes", "load_in_4bit": True}
     (base / "config.json").write_text(json.dumps(config))
     assert "16-bit model" in refused(tmp_path / "adapter", tmp_path / "out")
+
+
+def test_an_adapter_that_is_not_as_its_manifest_says_is_refused(tmp_path):
+    with atomic_folder(tmp_path / "final") as writing:
+        (writing / "adapter_config.json").write_text("{}")
+        (writing / "adapter_model.safetensors").write_bytes(bytes(100))
+    (tmp_path / "final" / "adapter_model.safetensors").write_bytes(bytes(99) + b"x")
+    with pytest.raises(UserError, match="is damaged: .*does not have the checksum"):
+        merge(tmp_path, tmp_path / "merged")
+    assert not (tmp_path / "merged").exists()

@@ -21,11 +21,12 @@ def test_how_many_interrupts_stop_at_once(launched, more, monkeypatch):
             signal.raise_signal(signal.SIGINT)
 
 
-def test_a_ctrl_c_after_sigterm_stops_at_once(monkeypatch):
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGHUP"])
+def test_a_ctrl_c_after_another_signal_stops_at_once(name, monkeypatch):
     monkeypatch.delenv("TORCHELASTIC_RUN_ID", raising=False)
     with stop_on_signals() as stop:
-        signal.raise_signal(signal.SIGTERM)
-        signal.raise_signal(signal.SIGTERM)
-        assert stop.signal_name == "SIGTERM"
+        signal.raise_signal(signal.Signals[name])
+        signal.raise_signal(signal.Signals[name])
+        assert stop.signal_name == name
         with pytest.raises(KeyboardInterrupt):
             signal.raise_signal(signal.SIGINT)

@@ -1,5 +1,7 @@
 """What the report says of energy, CO2e and the card's life."""
 
+import errno
+import shutil
 import sys
 from types import SimpleNamespace
 
@@ -8,14 +10,17 @@ import torch
 from rich.console import Console
 
 from lowprec.config import resolve
+from lowprec.errors import UserError
 from lowprec.machine import energy
 from lowprec.report import print_summary
-from lowprec.run_folder import RunFolder, Status
+from lowprec.run_folder import RunFolder, Status, read_metrics
 from lowprec.train.recorder import Recorder
 from tests.machine.test_energy import Nvml, domain
+from tests.train.conftest import run
 
 PROGRESS = {
-    "step": 1, "trained_tokens": 5, "eval_loss_before": None, "eval_loss": None, "answers_before": [], "answers": [],
+    "step": 1, "trained_tokens": 5, "eval_loss_before": None, "eval_loss": None, "eval_step": 0, "answers_before": [],
+    "answers": [],
 }  # fmt: skip
 
 
@@ -96,3 +101,27 @@ def test_rows_are_written_once_a_second_and_trackers_get_the_newest(tmp_path, mo
     made.flush()
     assert [row["step"] for row in made.folder.metrics()] == [1, 2, 3, 4, 5, 6, 6]
     assert logged[2:] == [(6, "loss"), (6, "eval_loss")]
+
+
+def test_a_full_disk_ends_no_run_before_it_has_to_save(arguments, tmp_path, monkeypatch):
+    append, refused = RunFolder.append_metrics, []
+
+    def full_at_first(self, *rows):
+        if any("loss" in row for row in rows) and len(refused) < 2:
+            refused.append(rows)
+            raise OSError(errno.ENOSPC, "No space left on device")
+        append(self, *rows)
+
+    monkeypatch.setattr(RunFolder, "append_metrics", full_at_first)
+    monkeypatch.setattr("lowprec.train.recorder.SECONDS_BETWEEN_WRITES", 0.0)
+    _, printed = run("lora", arguments("train.max_steps=4"))
+    assert [row["step"] for row in read_metrics(tmp_path / "run") if "loss" in row] == [1, 2, 3, 4]
+    assert len(refused) == 2 and " ".join(printed.split()).count("is full: training goes on") == 1
+
+
+def test_room_for_what_will_be_saved_is_asked_before_the_first_step(arguments, tmp_path, monkeypatch):
+    usage = shutil.disk_usage(tmp_path)
+    monkeypatch.setattr("lowprec.checkpoint.shutil.disk_usage", lambda path: usage._replace(free=1000))
+    with pytest.raises(UserError, match=r"bytes more .*Nothing is trained yet"):
+        run("lora", arguments("train.save_steps=2", "train.max_steps=4", "data.cache_dir=null"))
+    assert read_metrics(tmp_path / "run") == []

@@ -1,5 +1,6 @@
 """Steps timed in the same way for everyone: the device is waited for before and after each."""
 
+import math
 import statistics
 import time
 from collections.abc import Callable
@@ -51,8 +52,8 @@ def time_steps(step: Callable[[], torch.Tensor], tokens: int, warmup: int, timed
     median = statistics.median(last)
     return Timing(
         step_ms_p50=round(median, 3),
-        step_ms_p20=round(last[int(0.2 * (len(last) - 1))], 3),
-        step_ms_p80=round(last[int(0.8 * (len(last) - 1))], 3),
+        step_ms_p20=round(last[math.ceil(0.2 * len(last)) - 1], 3),
+        step_ms_p80=round(last[math.ceil(0.8 * len(last)) - 1], 3),
         host_ms_p50=round(1e3 * statistics.median(host_seconds[warmup:]), 3),
         tokens_per_second=round(tokens / median * 1e3, 1),
         peak_gb=round(torch.cuda.max_memory_allocated(device) / 1e9, 3) if cuda else None,
