@@ -100,11 +100,6 @@ def open_run(output_dir: str, resume_from_checkpoint: str | None) -> RunFolder |
     try:
         path.mkdir(parents=True, exist_ok=True)
         lock = (path / ".lock").open("a+")
-    except OSError as error:
-        raise UserError(
-            f"train.output_dir={output_dir} cannot be written ({error.strerror}). Choose another."
-        ) from error
-    try:
         _claim(lock, path)
     except OSError as error:
         raise UserError(

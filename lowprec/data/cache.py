@@ -67,7 +67,7 @@ def cached(folder: Path, key: str, build: Callable[[Path], None]) -> Path:
                 with atomic_folder(entry, keeps=remedy) as writing:
                     build(writing)
     except OSError as error:
-        path = folder if error.filename is None else Path(os.fsdecode(error.filename)).absolute()
+        path = Path(error.filename).absolute() if isinstance(error.filename, str) else folder.absolute()
         if not (path.is_relative_to(folder.absolute()) or folder.absolute().is_relative_to(path)):
             raise  # of the data, which ``build`` reads
         raise UserError(f"The cache of tokenised data, {folder}, cannot be written ({error}). {remedy}") from error

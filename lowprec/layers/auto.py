@@ -55,11 +55,8 @@ class Auto:
         raise AssertionError("choose() replaces this scheme before a layer is converted")
 
     convert = kernel = why_not
-
-    @property
-    def chooses(self) -> bool:
-        """Whether ``wrap`` asks ``choose``."""
-        return True
+    chooses: ClassVar[bool] = True
+    """``wrap`` asks ``choose``."""
 
     def choose(
         self,

@@ -3,7 +3,7 @@
 import inspect
 import math
 from dataclasses import dataclass, field
-from typing import Any, ClassVar
+from typing import Any, ClassVar, TypeGuard
 
 import torch
 from torch import nn
@@ -247,7 +247,7 @@ def build_schedule(
         ) from error
 
 
-def follows_loss(schedule: Any) -> bool:
+def follows_loss(schedule: Any) -> TypeGuard[torch.optim.lr_scheduler.ReduceLROnPlateau | GreedyLR]:
     """Whether a schedule takes a step after every evaluation, by its loss, and none after a step of training."""
     return isinstance(schedule, torch.optim.lr_scheduler.ReduceLROnPlateau | GreedyLR)
 

@@ -77,7 +77,9 @@ class Built:
             in_graphs=choice.graphs,
             choices=stored_choices(self.folder.resume_from) if self.folder.resume_from else None,
         )
+        self.layers = layers
         self.progress["choices"] = choices_to_json(layers.choices)
+        self.progress["layers"] = {row.name: row.scheme for row in layers.rows}
         plain = [f"All {len(layers.rows)} linear layers stay in {recipe.model.dtype}.", *layers.fused_lines()]
         self.console.print(layers if layers.converted else "\n".join(plain), markup=False, highlight=False)
         self.model = recipe.adapter.attach(self.model)

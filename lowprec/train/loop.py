@@ -28,7 +28,7 @@ from lowprec.train.interrupt import StopRequest, stop_on_signals
 from lowprec.train.launch import claim_run_folder, start_accelerator
 from lowprec.train.nonfinite import NonFiniteError, find_origin
 from lowprec.train.out_of_memory import OutOfMemoryError, explain
-from lowprec.train.resume import check_same_run, nothing_to_do
+from lowprec.train.resume import check_same_layers, check_same_run, nothing_to_do
 from lowprec.train.state import random_state, trainable
 from lowprec.train.step import StepScalars
 
@@ -148,6 +148,7 @@ class Run(Built):
         if checkpoint is not None:
             for message in check_same_run(self.recipe, checkpoint):
                 self.console.print(message, markup=False)
+            check_same_layers(self.layers, checkpoint)
             self.state.load(checkpoint, self.accelerator)
             if self.progress["step"] > self.num_steps:
                 raise UserError(
@@ -271,7 +272,7 @@ class Run(Built):
             )
         self.progress.update(eval_loss=loss, eval_step=self.progress["step"])
         if follows_loss(self.schedule):
-            self.schedule.step(loss)  # type: ignore[arg-type]
+            self.schedule.step(loss)
         if self.accelerator.is_main_process:
             self.progress["answers"] = [
                 answer(self.model, self.tokenizer, prompt.input_ids, options.sample_max_new_tokens, self.accelerator)

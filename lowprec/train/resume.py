@@ -5,12 +5,13 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hydra.core.config_store import ConfigStore
 from omegaconf import OmegaConf
 
 from lowprec.config import RECIPE_FILE, Recipe
 from lowprec.errors import UserError
 from lowprec.layers.base import WeightScheme
+from lowprec.layers.report import WrapReport
+from lowprec.prepare import as_scheme
 from lowprec.run_folder import read_report
 from lowprec.train.state import PROGRESS
 
@@ -30,6 +31,13 @@ _BINDING = (
 )
 _ROUNDING = ("adapter.fused", "weights.product", "weights.min_sqnr_db", "weights.tokens")
 """Inside a binding group, what changes the rounding of products alone."""
+_SETTLED = (
+    "train.max_steps",
+    "train.cuda_graphs",
+    "train.per_device_train_batch_size",
+    "train.gradient_accumulation_steps",
+)
+"""What a finished run's recipe may hold otherwise than it was asked for (``find_batch_size``), or is told apart."""
 
 
 def check_same_run(recipe: Recipe, checkpoint: Path) -> list[str]:
@@ -76,8 +84,9 @@ def nothing_to_do(recipe: Recipe) -> str:
     stored = Path(str(recipe.train.output_dir), RECIPE_FILE)
     if stored.is_file():
         before, now, changed = _changes(recipe, stored)
-        told = ", ".join(f"{key} ({before.get(key)} there, {now.get(key)} asked for)" for key in changed
-                         if key not in ("train.max_steps", "train.cuda_graphs"))  # fmt: skip
+        told = ", ".join(
+            f"{key} ({before.get(key)} there, {now.get(key)} asked for)" for key in changed if key not in _SETTLED
+        )
         text += f" Not applied: {told}." if told else ""
     return text
 
@@ -109,11 +118,26 @@ def stored_choices(checkpoint: Path) -> dict[str, WeightScheme | None]:
     other layers."""
 
     def scheme(kept: dict[str, Any]) -> Any:
-        node = ConfigStore.instance().load(f"weights/{kept['name']}.yaml").node
-        return OmegaConf.to_object(OmegaConf.merge(node, kept["fields"]))
+        return OmegaConf.to_object(OmegaConf.merge(OmegaConf.structured(as_scheme(kept["name"])), kept["fields"]))
 
-    progress = json.loads((checkpoint / PROGRESS).read_text())["progress"]
-    return {layer: kept and scheme(kept) for layer, kept in progress.get("choices", {}).items()}
+    return {layer: kept and scheme(kept) for layer, kept in _progress(checkpoint).get("choices", {}).items()}
+
+
+def check_same_layers(report: WrapReport, checkpoint: Path) -> None:
+    """Raises UserError where a layer is stored otherwise than in the run that wrote a checkpoint: this machine may not
+    run its scheme."""
+    stored = _progress(checkpoint).get("layers", {})
+    for row in report.rows:
+        if stored.get(row.name, row.scheme) != row.scheme:
+            raise UserError(
+                f"{row.name} was {stored[row.name]} in {checkpoint} and is {row.scheme} here"
+                f"{f' ({row.reason})' if row.reason else ''}: resume on a machine like that run's, or start in another "
+                "train.output_dir."
+            )
+
+
+def _progress(checkpoint: Path) -> dict[str, Any]:
+    return json.loads((checkpoint / PROGRESS).read_text())["progress"]
 
 
 def _flat(node: Any, prefix: str = "") -> dict[str, Any]:

@@ -15,7 +15,7 @@ from lowprec.errors import UserError
 from lowprec.plan.settle import Choice
 from lowprec.profiling.folder import read, read_two
 from lowprec.profiling.run import profile_recipe
-from tests.activations.test_graphs import Rehearsal
+from tests.activations.rehearsal import Rehearsal
 from tests.train.conftest import arguments, fresh_accelerate, tiny  # noqa: F401  fixtures
 
 QUICK = ("profile.warmup_steps=1", "profile.steps=3")

@@ -13,7 +13,7 @@ from lowprec.errors import UserError
 from lowprec.plan.settle import Choice
 from lowprec.run_folder import Status, read_metrics, read_report
 from lowprec.testing import ARCHITECTURES, save_tiny
-from tests.activations.test_graphs import Rehearsal
+from tests.activations.rehearsal import Rehearsal
 from tests.train.conftest import run
 
 REPORT_FIELDS = {

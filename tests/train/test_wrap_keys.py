@@ -58,6 +58,9 @@ def test_a_resumed_run_keeps_what_auto_chose_whatever_is_faster_now(arguments, t
         (row["name"], row["scheme"], row["kernel"]) for row in before
     ]
     assert any(row["reason"] == "as it was chosen before" for row in after)
+    monkeypatch.setattr("lowprec.layers.eight_bit_schemes.EightBit.why_not", lambda *arguments: "this GPU has no e4m3")
+    with pytest.raises(UserError, match=r"was fp8 in .*step-1 and is bf16 here \(this GPU has no e4m3\)"):
+        run("lora", arguments(*again, output="elsewhere"))
 
 
 @pytest.mark.parametrize(
